@@ -57,6 +57,7 @@ FORMS = {  # what a row may hold; a script names the forms that its loss can lea
     "supervised": ("prompt", "completion"),
 }
 MAY_CHANGE = {"max_steps", "epochs", "save_every", "eval_every", "micro_batch_tokens", "resume"}
+MAY_CHANGE |= {"out", "model", "data"}  # a folder may move; what is in it goes by its fingerprint
 EVAL_ROWS = 512  # held-out rows measured, as many as the prompts that the authors judged
 CHUNK = 2**24  # logits in memory at once: 64 MiB of float32
 
@@ -115,11 +116,15 @@ def exit_status():
     """Exit with 2 and one line for what the user must mend, with 75 when interrupted and saved."""
     try:
         yield
-    except (UserError, Interrupted) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, UserError) else 75) from None
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"interrupted: {error or 'nothing was begun that --resume does not go on with'}")
+        raise SystemExit(75) from None
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
 
 
 def progress(iterable, description: str):
@@ -144,7 +149,9 @@ def read_rows(data: str, split: str, forms: Sequence[str]) -> list[dict]:
     path = TOY / "data" if data == "toy" else Path(data)
     if path.is_dir():
         path = min(path.glob(f"{split}.jsonl*"), default=path / f"{split}.jsonl")
-    if split == "test" and (path.name == str(data) or not path.exists() or path == Path(data)):
+    elif split == "test":
+        return []
+    if split == "test" and not path.exists():
         return []
     rows, where = [], f"--data {path}"
     try:
@@ -471,72 +478,67 @@ class Run:
 
     def start(self, train_set: list[dict], test_set: list[dict], steps: int) -> bool:
         """Check what is left to check, join the processes, claim the folder. False: finished."""
-        everything, config, self.steps = train_set + test_set, self.config, steps
-        longest = max(row_tokens(example) for example in everything)
-        if longest > config.micro_batch_tokens:
+        config, everything, self.steps = self.config, train_set + test_set, steps
+        largest = max(row_tokens(example) for example in everything)
+        if largest > config.micro_batch_tokens:
             raise UserError(
-                f"--micro_batch_tokens {config.micro_batch_tokens}: the longest example needs "
-                f"{longest}; give at least that, or a smaller --max_length"
+                f"--micro_batch_tokens {config.micro_batch_tokens}: the largest example needs "
+                f"{largest}; give at least that, or a smaller --max_length"
             )
-        places = max(
-            len(e["prompt_ids"]) + len(ids) for e in everything for ids in e["completions_ids"]
-        )
-        model = AutoConfig.from_pretrained(self.model_path)
-        if places > getattr(model, "max_position_embeddings", places):
+        longest = max(row_tokens(e, False) // len(e["completions_ids"]) for e in everything)
+        places = AutoConfig.from_pretrained(self.model_path).get_text_config()
+        places = getattr(places, "max_position_embeddings", longest)
+        if longest > places:
             raise UserError(
-                f"--max_length {config.max_length}: the longest example has {places} tokens, the "
-                f"model {model.max_position_embeddings} positions; give a smaller --max_length"
+                f"--max_length {config.max_length}: the longest example has {longest} tokens, the "
+                f"model places for {places}; give a smaller --max_length"
             )
         labels = [example.get("desirable") for example in everything]
         self.record = {
-            "script": Path(sys.argv[0]).name,
+            "script": Path(inspect.getfile(type(config))).name,
             "settings": dataclasses.asdict(config),
             "steps": steps,
             "data": examples_sha256(everything, len(train_set), labels),
             "versions": {m.__name__: m.__version__ for m in (torch, transformers, np)},
         }
         path = self.folder / "run.json"
-        old = json.loads(path.read_text()) if path.exists() else {}
-        self._refuse_changes(old)
-        if old.get("finished") and old["steps"] >= steps:
-            self._say(f"{self.folder}: finished already, after {old['steps']} steps")
+        before = json.loads(path.read_text()) if path.exists() else {}
+        self._refuse_changes(before)
+        if before.get("finished") and before["steps"] >= steps:
+            self._say(f"{self.folder}: finished already, after {before['steps']} steps")
             return False
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        digest = hashlib.sha256()
+        weights = [None]
         if self.rank == 0:
-            for file in sorted(self.model_path.glob("*.safetensors")):
-                with file.open("rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
-        found = [digest.hexdigest()]
-        dist.broadcast_object_list(found)
-        self.record["model"] = found[0]
-        self._refuse_changes(old)
+            opened = (file.open("rb") for file in sorted(self.model_path.glob("*.safetensors")))
+            weights = [[hashlib.file_digest(file, "sha256").hexdigest() for file in opened]]
+        dist.broadcast_object_list(weights)
+        self.record["model"] = weights[0]
+        self._refuse_changes(before)
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.write_record()
         self.bar = tqdm(desc="train", total=steps, disable=self.rank != 0)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(self, "stop", True))
         return True
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
             tqdm.write(text, file=sys.stderr)
 
-    def _refuse_changes(self, old: dict) -> None:
-        """Raise UserError, by name, if the folder's run was of another setting, data or model."""
-        then, now = old.get("settings", {}), self.record["settings"]
-        changed = [
-            f"--{k} (was {then[k]})" for k in then if k not in MAY_CHANGE and then[k] != now.get(k)
-        ]
-        changed += [
-            k
-            for k in ("script", "data", "model")
-            if old and old.get(k) != self.record.get(k, old.get(k))
-        ]
+    def _refuse_changes(self, before: dict) -> None:
+        """Raise UserError, by name, where the folder's run was of other settings, data or model."""
+        now = self.record | {f"--{k}": v for k, v in self.record["settings"].items()}
+        then = before | {f"--{k}": v for k, v in before.get("settings", {}).items()}
+        kept = {
+            "script",
+            "data",
+            "model",
+            *(f"--{k}" for k in now["settings"] if k not in MAY_CHANGE),
+        }
+        changed = [k for k in now if k in kept and k in then and now[k] != then[k]]
         if changed:
             raise UserError(
-                f"--resume {self.folder}: changed since it began: {', '.join(changed)}; "
+                f"--resume {self.folder}: {', '.join(changed)} changed since this run began; "
                 "give what it began with, or another --out"
             )
 
@@ -583,6 +585,8 @@ class Run:
             kept = [line for line in lines if saved and json.loads(line)["step"] <= done]
             metrics.write_text("".join(line + "\n" for line in kept))
         self.bar.update(done)
+        for number in (signal.SIGTERM, signal.SIGINT):  # from now on there is something to save
+            signal.signal(number, lambda *_: setattr(self, "stop", True))
         return done
 
     def save_if_due(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
@@ -645,6 +649,7 @@ def load_policy(run: Run, value_head: bool = False) -> Policy:
 
     Weights are float32, since at 5e-7 a bfloat16 weight does not move; compute as --dtype says.
     """
+    transformers.utils.logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(run.model_path)
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     how = {"dtype": run.dtype, "attn_implementation": "eager" if capped else "sdpa"}  # sdpa cannot

@@ -164,12 +164,9 @@ def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
 
     A pair makes two. With --kl mismatched an example also has a partner (`add_partners`).
     """
-    texts, labels = [], []
-    for row in rows:
-        pair = "chosen" in row
-        completions = [row["chosen"], row["rejected"]] if pair else [row["completion"]]
-        texts.append((row["prompt"], completions))
-        labels.append([True, False] if pair else [row["label"]])
+    fields = ("chosen", "rejected", "completion")
+    texts = [(row["prompt"], [row[field] for field in fields if field in row]) for row in rows]
+    labels = [[row["label"]] if "label" in row else [True, False] for row in rows]
     examples = [
         {"prompt_ids": tokens["prompt_ids"], "completions_ids": [ids], "desirable": desirable}
         for tokens, row_labels in zip(common.tokenise(texts, tokenizer, config), labels)
@@ -221,10 +218,8 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
     epoch, number = divmod(step, steps_per_epoch(examples, config))
     start = epoch * len(larger) + number * (config.batch_size // 2)
     stop = min(start + config.batch_size // 2, (epoch + 1) * len(larger))
-    return [
-        group[i]
-        for order, group in enumerate((larger, smaller))
-        for i in common.endless(len(group), (config.seed, order), start, stop)
+    return [larger[i] for i in common.endless(len(larger), (config.seed, 0), start, stop)] + [
+        smaller[i] for i in common.endless(len(smaller), (config.seed, 1), start, stop)
     ]
 
 

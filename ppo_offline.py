@@ -1,8 +1,8 @@
 """Offline, one-step PPO, the report's section 3.3.
 
-Each token of a reply is an action. Its reward is +1 or -1 on the last token, as the reply was wanted
-or not; pi_old is never updated, it stays pi_ref; a value head on the policy's hidden states says how
-much of the reward was to be expected:
+Each token of a reply is an action. The reward, +1 or -1 as the reply was wanted or not, comes with
+the last one; pi_old is never updated, it stays pi_ref; a value head on the policy's hidden states
+says how much of the reward was to be expected:
 
     ratio  = pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t)
     loss   = -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)
@@ -15,7 +15,7 @@ Deviations from the report:
  1. The report prints the ratio as log(pi / pi_ref), which a clip around 1 makes no sense of; ours
     is the exponential of it, as in PPO and in the authors' code.
  2. The log-ratio is clamped to +-20, so that its exponential is finite.
- 3. The report does not say where A is from: here GAE over a learned critic, as in the authors' code.
+ 3. The report does not say where A is from: GAE over a learned critic, as in the authors' code.
  4. The critic's gradient stops at its head: it reads the policy's states and does not shape them,
     so that the policy follows the report's loss alone.
  5. Advantages are not whitened, which would make the loss depend on how a batch is cut, and there
@@ -157,12 +157,9 @@ def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
 
     A pair makes two.
     """
-    texts, labels = [], []
-    for row in rows:
-        pair = "chosen" in row
-        completions = [row["chosen"], row["rejected"]] if pair else [row["completion"]]
-        texts.append((row["prompt"], completions))
-        labels.append([True, False] if pair else [row["label"]])
+    fields = ("chosen", "rejected", "completion")
+    texts = [(row["prompt"], [row[field] for field in fields if field in row]) for row in rows]
+    labels = [[row["label"]] if "label" in row else [True, False] for row in rows]
     return [
         {"prompt_ids": tokens["prompt_ids"], "completions_ids": [ids], "desirable": desirable}
         for tokens, row_labels in zip(common.tokenise(texts, tokenizer, config), labels)
@@ -196,10 +193,8 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
     epoch, number = divmod(step, steps_per_epoch(examples, config))
     start = epoch * len(larger) + number * (config.batch_size // 2)
     stop = min(start + config.batch_size // 2, (epoch + 1) * len(larger))
-    return [
-        group[i]
-        for order, group in enumerate((larger, smaller))
-        for i in common.endless(len(group), (config.seed, order), start, stop)
+    return [larger[i] for i in common.endless(len(larger), (config.seed, 0), start, stop)] + [
+        smaller[i] for i in common.endless(len(smaller), (config.seed, 1), start, stop)
     ]
 
 
@@ -237,7 +232,7 @@ def micro_batch_losses(
 
 
 def summarise(figures: dict[str, Tensor], batch: list[dict]) -> dict[str, float]:
-    """What metrics.jsonl says of a global batch's figures, (B,) each: most are means over tokens."""
+    """What metrics.jsonl says of a global batch's figures, (B,) each: means over tokens, mostly."""
     tokens = common.completion_tokens(batch)
     desirable = torch.tensor([example["desirable"] for example in batch])
     log_ratio = figures.pop("log_ratio").cpu()

@@ -1,0 +1,449 @@
+"""Token ids to log-probabilities, against a full log-softmax of one sequence at a time."""
+
+import copy
+import functools
+import inspect
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXForCausalLM
+
+import common
+from common import completion_logps, make_batch
+
+VOCABULARY = 97
+SIZE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+ARCHITECTURES = {  # name: (model_type, settings); scales and caps strong enough to matter
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox_eager": ("gpt_neox", {"attn_implementation": "eager"}),
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma2": (
+        "gemma2",
+        {
+            "attn_implementation": "eager",
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 8,
+        },
+    ),
+    "mistral": ("mistral", {}),
+    "cohere": ("cohere", {"logit_scale": 0.5}),
+    "granite": ("granite", {"logits_scaling": 2.0, "residual_multiplier": 0.7}),
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True}),
+    "phi": ("phi", {}),  # its head has a bias
+}
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float32, **changes) -> torch.nn.Module:
+    """A random model with weights so large that log-probabilities differ by nats."""
+    model_type, special = ARCHITECTURES[name]
+    special = {**special, **changes}
+    how = {"attn_implementation": special.pop("attn_implementation", "sdpa")}
+    size = GPT2 | {"bos_token_id": 1, "eos_token_id": 2} if model_type == "gpt2" else SIZE
+    config = AutoConfig.for_model(model_type, **{**size, **special})
+    model = AutoModelForCausalLM.from_config(config, **how)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.3 if parameter.dim() > 1 else 0.1))
+    return model.eval().to(dtype)
+
+
+@functools.cache
+def cached(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """`tiny`, for tests that leave the model as it is."""
+    return tiny(name, dtype)
+
+
+def make_examples(shapes, seed: int = 0) -> list[dict]:
+    """Random ids for shapes [(length of the prompt, lengths of its completions), ...]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(n):
+        return torch.randint(VOCABULARY, (n,), generator=generator).tolist()
+
+    return [{"prompt_ids": ids(p), "completions_ids": [ids(c) for c in cs]} for p, cs in shapes]
+
+
+RAGGED = make_examples([(5, [4, 7]), (1, [3]), (9, [1, 2, 6]), (3, [8, 1]), (2, [1])])
+
+
+def plain_logps(model, examples) -> torch.Tensor:
+    """The same by plain transformers: one sequence at a time, all logits, full log-softmax."""
+    found = []
+    for example in examples:
+        prompt = example["prompt_ids"]
+        for completion in example["completions_ids"]:
+            ids = torch.tensor([prompt + completion])
+            logps = model(input_ids=ids).logits[0].log_softmax(-1)
+            for place, token in enumerate(completion):
+                found.append(logps[len(prompt) + place - 1, token])
+    return torch.stack(found)
+
+
+def gradients(model, logps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradient by parameter of a sum of logps in which every token has a weight of its own."""
+    model.zero_grad()
+    (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ------------------------------------------------------------------- against plain transformers
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equals_a_full_log_softmax_of_one_sequence_at_a_time(name):
+    model = cached(name)
+    with torch.no_grad():
+        plain = plain_logps(model, RAGGED)
+        shared = completion_logps(model, make_batch(RAGGED))
+        apart = completion_logps(model, make_batch(RAGGED, shared=False))
+    assert plain.std() > 0.4, "too flat to tell right from wrong"
+    assert shared.dtype == apart.dtype == torch.float32
+    torch.testing.assert_close(shared, plain, atol=1e-4, rtol=0)
+    torch.testing.assert_close(apart, plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_float64_stays_float64(shared):
+    model = cached("gpt_neox", torch.float64)
+    with torch.no_grad():
+        logps = completion_logps(model, make_batch(RAGGED, shared=shared))
+        plain = plain_logps(model, RAGGED)
+    assert logps.dtype == torch.float64
+    torch.testing.assert_close(logps, plain, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", ["gpt_neox", "llama_tied", "gemma2", "phi"])
+def test_gradients_through_several_chunks_are_the_plain_ones(name, shared, monkeypatch):
+    model = cached(name)
+    plain = gradients(model, plain_logps(model, RAGGED))
+    monkeypatch.setattr(common, "CHUNK", 3 * VOCABULARY)
+    ours = gradients(model, completion_logps(model, make_batch(RAGGED, shared=shared)))
+    assert ours.keys() == plain.keys()
+    assert max(gradient.abs().max() for gradient in plain.values()) > 0.1
+    for parameter, gradient in plain.items():
+        limit = 1e-4 * max(1, float(gradient.abs().max()))
+        torch.testing.assert_close(ours[parameter], gradient, atol=limit, rtol=0)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+def test_only_completion_positions_reach_the_head_in_chunks(at_once, monkeypatch):
+    model = cached("gpt_neox")
+    batch, rows = make_batch(RAGGED), []
+    monkeypatch.setattr(common, "CHUNK", at_once * VOCABULARY + 1)
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[:-1]))
+    try:
+        with torch.no_grad():
+            logps = completion_logps(model, batch)
+    finally:
+        hook.remove()
+    seen = [shape.numel() for shape in rows]
+    assert sum(seen) == len(logps) == sum(len(c) for e in RAGGED for c in e["completions_ids"])
+    assert max(seen) <= at_once
+    torch.testing.assert_close(logps, plain_logps(model, RAGGED).detach(), atol=1e-4, rtol=0)
+
+
+def test_a_head_smaller_than_one_row_of_logits_still_runs(monkeypatch):
+    monkeypatch.setattr(common, "CHUNK", 1)
+    with torch.no_grad():
+        logps = completion_logps(cached("gpt_neox"), make_batch(RAGGED))
+        plain = plain_logps(cached("gpt_neox"), RAGGED)
+    torch.testing.assert_close(logps, plain, atol=1e-4, rtol=0)
+
+
+def test_hidden_states_are_those_that_predict_the_tokens():
+    model = cached("gpt_neox")
+    with torch.no_grad():
+        logps, hidden = completion_logps(model, make_batch(RAGGED), return_hidden=True)
+        again = model.get_output_embeddings()(hidden).log_softmax(-1)
+    assert hidden.shape == (len(logps), 32)
+    targets = make_batch(RAGGED).targets[:, None]
+    torch.testing.assert_close(again.gather(1, targets)[:, 0], logps, atol=1e-5, rtol=0)
+
+
+def test_the_example_in_the_docstring_holds():
+    docstring = inspect.cleandoc(completion_logps.__doc__)
+    lines = [line for line in docstring.splitlines() if line.startswith("    ")]
+    assert len(lines) == 5, "the docstring has no example of five lines any more"
+    scope = {**vars(common), "torch": torch, "model": cached("gpt_neox")}
+    exec(textwrap.dedent("\n".join(lines)), scope)
+    assert len(scope["ours"]) == 2
+    torch.testing.assert_close(scope["ours"], scope["plain"], atol=1e-5, rtol=0)
+
+
+def calm(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A model as smooth as a trained one, so that bfloat16 is near; the others are rougher."""
+    model = tiny("gpt_neox")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.4)
+    return model.to(dtype)
+
+
+def test_bfloat16_is_finite_near_and_summed_in_float32():
+    with torch.no_grad():
+        exact = plain_logps(calm(), RAGGED)
+        weights = completion_logps(calm(torch.bfloat16), make_batch(RAGGED))
+        autocast = common.Policy(calm(), None, True)(make_batch(RAGGED))
+    assert exact.std() > 0.2
+    for logps in (weights, autocast):
+        assert logps.dtype == torch.float32 and logps.isfinite().all()
+        assert (logps - exact).abs().mean() < 0.08
+        # A bfloat16 value has 8 bits: more of them say that the softmax was not taken in it.
+        assert (logps != logps.bfloat16().float()).any()
+
+
+# ------------------------------------------------------------------------- what changes nothing
+
+TOKENS = st.integers(0, VOCABULARY - 1)
+EXAMPLES = st.lists(
+    st.fixed_dictionaries(
+        {
+            "prompt_ids": st.lists(TOKENS, min_size=1, max_size=7),
+            "completions_ids": st.lists(
+                st.lists(TOKENS, min_size=1, max_size=6), min_size=1, max_size=3
+            ),
+        }
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(EXAMPLES, st.randoms(use_true_random=False), TOKENS, st.booleans())
+def test_padding_order_and_company_change_nothing(examples, random, pad_id, shared):
+    model = cached("gpt_neox", torch.float64)
+    order = list(range(len(examples)))
+    random.shuffle(order)
+    batch = make_batch([examples[i] for i in order], pad_id=pad_id, shared=shared)
+    with torch.no_grad():
+        together = completion_logps(model, batch)
+        alone = [completion_logps(model, make_batch([examples[i]])) for i in order]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox_eager", "gpt2"])
+def test_a_completion_does_not_see_its_sibling(name):
+    model = cached(name)
+    first, second = make_examples([(5, [4, 6])]), make_examples([(5, [4, 6])])
+    second[0]["completions_ids"][0] = [(token + 7) % VOCABULARY for token in [9, 2, 5, 1]]
+    assert first[0]["completions_ids"][1] == second[0]["completions_ids"][1]
+    with torch.no_grad():
+        before = completion_logps(model, make_batch(first))
+        after = completion_logps(model, make_batch(second))
+    torch.testing.assert_close(after[4:], before[4:], atol=1e-6, rtol=0)
+    assert (after[:4] - before[:4]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("chunk", [1, 2**24])
+def test_an_empty_batch_takes_part_with_gradients_of_zero(chunk, monkeypatch):
+    monkeypatch.setattr(common, "CHUNK", chunk)
+    model = tiny("gpt_neox")
+    batch = make_batch([])
+    logps = completion_logps(model, batch)
+    assert logps.shape == (0,) and logps.dtype == torch.float32
+    assert batch.sum(logps).shape == (0,) and batch.indices.shape == (0,)
+    (logps.sum() + batch.sum(logps).sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+# ---------------------------------------------------------------------------------- the layout
+
+
+def test_a_prompt_is_laid_out_once_unless_told_otherwise():
+    example = {"prompt_ids": [11, 12], "completions_ids": [[21, 22, 23], [31]]}
+    shared = make_batch([example], pad_id=9)
+    assert shared.input_ids.tolist() == [[11, 12, 21, 22, 23, 31]]
+    assert shared.position_ids.tolist() == [[0, 1, 2, 3, 4, 2]]
+    apart = make_batch([example], pad_id=9, shared=False)
+    assert apart.input_ids.tolist() == [[11, 12, 21, 22, 23], [11, 12, 31, 9, 9]]
+    assert apart.position_ids[:, :3].tolist() == [[0, 1, 2], [0, 1, 2]]
+    for batch in (shared, apart):
+        assert batch.targets.tolist() == [21, 22, 23, 31]
+        flat = batch.input_ids.flatten()
+        assert flat[batch.predictors].tolist() == [12, 21, 22, 12]
+
+
+def test_indices_are_those_given_or_count_from_0():
+    assert make_batch(RAGGED).indices.tolist() == [0, 1, 2, 3, 4]
+    assert make_batch(RAGGED[:2], indices=[7, 3]).indices.tolist() == [7, 3]
+
+
+def test_reference_logps_come_along_in_order():
+    examples, n = copy.deepcopy(RAGGED), 0
+    for example in examples:
+        size = sum(map(len, example["completions_ids"]))
+        example["reference_logps"] = torch.arange(n, n + size, dtype=torch.float32).numpy()
+        n += size
+    for shared in (True, False):
+        batch = make_batch(examples, shared=shared)
+        assert batch.reference_logps.tolist() == list(range(n)) == list(range(len(batch.targets)))
+    assert make_batch(RAGGED).reference_logps is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(EXAMPLES, st.booleans())
+def test_pad_and_sum_are_the_plain_loop(examples, shared):
+    lengths = [len(ids) for example in examples for ids in example["completions_ids"]]
+    values = torch.arange(1.0, sum(lengths) + 1, dtype=torch.float64, requires_grad=True)
+    padded, sums, start = [], [], 0
+    for length in lengths:
+        piece = values[start : start + length].tolist()
+        padded.append(piece + [0.0] * (max(lengths) - length))
+        sums.append(sum(piece))
+        start += length
+    batch = make_batch(examples, shared=shared)
+    assert batch.pad(values).tolist() == padded
+    assert batch.sum(values).tolist() == sums
+    batch.sum(values).sum().backward()
+    assert values.grad.tolist() == [1.0] * sum(lengths)
+
+
+# --------------------------------------------------------------------------- the check at start
+
+
+def check(model, examples, bfloat16: bool = False) -> SimpleNamespace:
+    """What `self_check` says of a model: a run with `shared` and `record`."""
+    run = SimpleNamespace(
+        device=torch.device("cpu"),
+        bfloat16=bfloat16,
+        dtype=torch.float32,
+        model_path="tiny",
+        record={},
+        shared=None,
+    )
+    common.self_check(common.Policy(model, None, bfloat16), as_arrays(examples), run)
+    return run
+
+
+def as_arrays(examples) -> list[dict]:
+    """The examples as `tokenise` gives them."""
+    return [
+        {
+            "prompt_ids": torch.tensor(example["prompt_ids"]).numpy(),
+            "completions_ids": [torch.tensor(ids).numpy() for ids in example["completions_ids"]],
+        }
+        for example in examples
+    ]
+
+
+PAIRS = make_examples([(3, [2, 2]), (8, [7, 9]), (5, [1, 4])])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_self_check_shares_prompts_where_that_is_right(name):
+    run = check(cached(name), PAIRS)
+    assert run.shared is True and run.record["shared_prompts"] is True
+
+
+def test_self_check_passes_bfloat16():
+    assert check(calm(), PAIRS, bfloat16=True).shared is True
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_self_check_keeps_rows_apart_under_a_short_window(name):
+    model = tiny(name, sliding_window=4)
+    run = check(model, PAIRS)
+    assert run.shared is False and run.record["shared_prompts"] is False
+    with torch.no_grad():  # which is then right
+        apart = completion_logps(model, make_batch(PAIRS, shared=False))
+        torch.testing.assert_close(apart, plain_logps(model, PAIRS), atol=1e-4, rtol=0)
+
+
+def test_self_check_looks_at_the_longest_sequence_not_at_the_longest_row():
+    # Prompt and completion pass the window only in the second; its row is the shorter one.
+    examples = make_examples([(4, [12, 12]), (22, [2, 2])])
+    model = tiny("mistral", sliding_window=20)
+    assert check(model, examples[:1]).shared is True
+    assert check(model, examples[1:]).shared is False
+    assert check(model, examples).shared is False
+
+
+def test_self_check_keeps_rows_apart_where_the_mask_is_ignored(monkeypatch):
+    model = tiny("gpt_neox")
+    forward = model.base_model.forward
+
+    def ignore_mask(input_ids=None, attention_mask=None, position_ids=None, **others):
+        return forward(input_ids=input_ids, position_ids=position_ids, **others)
+
+    monkeypatch.setattr(model.base_model, "forward", ignore_mask)
+    assert check(model, PAIRS).shared is False
+
+
+def test_self_check_keeps_rows_apart_where_positions_are_ignored(monkeypatch):
+    model = tiny("gpt_neox")
+    forward = model.base_model.forward
+
+    def ignore_positions(input_ids=None, attention_mask=None, position_ids=None, **others):
+        return forward(input_ids=input_ids, attention_mask=attention_mask, **others)
+
+    monkeypatch.setattr(model.base_model, "forward", ignore_positions)
+    assert check(model, PAIRS).shared is False
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError])
+def test_self_check_keeps_rows_apart_where_a_mask_is_refused(error, monkeypatch):
+    model = tiny("gpt_neox")
+    forward = model.base_model.forward
+
+    def refuse(input_ids=None, attention_mask=None, position_ids=None, **others):
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise error("no such mask")
+        return forward(input_ids=input_ids, **others)
+
+    monkeypatch.setattr(model.base_model, "forward", refuse)
+    run = check(model, PAIRS)
+    assert run.shared is False and run.record["shared_prompts"] is False
+
+
+class Scaled(GPTNeoXForCausalLM):
+    """Scales its logits behind the head, as no setting says."""
+
+    def forward(self, *arguments, **others):
+        result = super().forward(*arguments, **others)
+        result.logits = result.logits * 0.9
+        return result
+
+
+def test_self_check_refuses_an_unknown_logit_scaling():
+    model = tiny("gpt_neox")
+    model.__class__ = Scaled
+    with pytest.raises(common.UserError, match="--model tiny") as caught:
+        check(model, PAIRS)
+    assert "\n" not in str(caught.value)
+
+
+def test_self_check_refuses_a_model_of_nan():
+    model = tiny("gpt_neox")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(common.UserError):
+        check(model, PAIRS)

@@ -1,0 +1,265 @@
+"""The five trainers as programs: command lines, processes, memory limits, resuming, real rows."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+
+ROOT = Path(common.__file__).parent
+SCRIPTS = ["sft", "dpo", "slic", "ppo_offline", "kto"]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A few hundred of the toy's rows, so that the reference pass takes a moment."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, rows in {"train": 200, "test": 24}.items():
+        lines = (common.TOY / "data" / f"{split}.jsonl").read_text().splitlines()[:rows]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads gain nothing at this size and lose much where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def settings(data: Path, out: Path, **more) -> dict:
+    """What a test's run is called with."""
+    basic = {"model": "toy", "data": str(data), "out": str(out), "lr": 3e-4}
+    return basic | {"warmup_steps": 3, "max_steps": STEPS, "batch_size": 12} | more
+
+
+def run_here(script: str, **values) -> list[dict]:
+    """Train in this process. Returns the metrics."""
+    module = importlib.import_module(script)
+    try:
+        module.train(module.Config(**values))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return metrics(values["out"])
+
+
+def run_command(script: str, processes: int = 0, expect: int = 0, **values):
+    """Train by the command line, under torchrun where `processes` is given."""
+    python = [sys.executable]
+    if processes:
+        python += ["-m", "torch.distributed.run", "--standalone"]
+        python += [f"--nproc_per_node={processes}"]
+    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [*python, str(ROOT / f"{script}.py"), *flags],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(records: list[dict]) -> torch.Tensor:
+    return torch.tensor([record["loss"] for record in records if "loss" in record]).double()
+
+
+def assert_same_losses(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
+    """Step by step; the figures too, where they are not of speed and memory."""
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    for a, b in zip(ours, theirs):
+        for name in a.keys() - {"tokens_per_second", "max_memory_mib"}:
+            # A reward margin passes through 0: to the tolerance of the rewards, not of itself.
+            close = abs(a[name] - b[name]) <= tolerance * max(abs(a[name]), 1.0)
+            assert close, f"step {a['step']}: {name} {a[name]} and {b[name]}"
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """Each script's run on one process in one micro-batch, float64, by its command line."""
+    runs = {}
+
+    def run(script: str) -> Path:
+        if script not in runs:
+            out = tmp_path_factory.mktemp("alone") / script
+            run_command(script, **settings(data, out, dtype="float64"))
+            runs[script] = out
+        return runs[script]
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_command_line_trains_a_model_that_plain_transformers_loads(script, alone):
+    out = alone(script)
+    records = metrics(out)
+    assert [record["step"] for record in records] == list(range(STEPS + 1))
+    assert "eval_loss" in records[0] and "eval_loss" in records[-1]
+    assert records[-1]["eval_loss"] < records[0]["eval_loss"]
+    record = json.loads((out / "run.json").read_text())
+    assert record["finished"] and record["shared_prompts"] and record["script"] == f"{script}.py"
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    base = load_file(common.TOY / "model" / "model.safetensors")
+    trained = load_file(out / "model.safetensors")
+    assert base.keys() == trained.keys()  # PPO's value head stays behind
+    assert any(not torch.equal(base[name], trained[name].float()) for name in base)
+    prompt = tokenizer("\n\nHuman: How much is the brass pot?\n\nAssistant:", return_tensors="pt")
+    reply = model.generate(**prompt, max_new_tokens=8)
+    assert reply.shape[1] > prompt["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_give_the_losses_of_one(script, alone, data, tmp_path):
+    values = settings(data, tmp_path / "two", dtype="float64")
+    run_command(script, processes=2, **values)
+    assert_same_losses(metrics(alone(script)), metrics(values["out"]), 1e-12)
+    AutoModelForCausalLM.from_pretrained(values["out"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_memory_limit_changes_no_loss(script, alone, data, tmp_path):
+    values = settings(data, tmp_path / "cut", dtype="float64", micro_batch_tokens=200)
+    assert_same_losses(metrics(alone(script)), run_here(script, **values), 1e-12)
+
+
+@pytest.mark.parametrize("kl", ["mismatched", "zero"])
+def test_other_reference_points_do_not_depend_on_the_memory_limit(kl, data, tmp_path):
+    values = settings(data, tmp_path / "whole", dtype="float64", kl=kl)
+    whole = run_here("kto", **values)
+    cut = run_here("kto", **values | {"out": str(tmp_path / "cut"), "micro_batch_tokens": 200})
+    assert_same_losses(whole, cut, 1e-12)
+    assert all(record["kl"] == 0 for record in whole[1:]) == (kl == "zero")
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", "kto"])
+def test_forty_steps_in_float32_stay_together(script, data, tmp_path):
+    # The default warm-up. RMSprop's first steps are the signs of the gradient, whatever its size:
+    # with a short warm-up they turn rounding into steps, and float32 runs drift apart.
+    values = settings(data, tmp_path / "whole", max_steps=40, warmup_steps=150, save_every=0)
+    whole = run_here(script, **values)
+    cut = run_here(script, **values | {"out": str(tmp_path / "cut"), "micro_batch_tokens": 300})
+    torch.testing.assert_close(losses(whole), losses(cut), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resumed_run_ends_in_the_same_bits(script, optimizer, data, tmp_path):
+    values = settings(data, tmp_path / "straight", optimizer=optimizer, eval_every=2)
+    straight = run_here(script, **values)
+    values |= {"out": str(tmp_path / "resumed")}
+    run_here(script, **values | {"max_steps": 2})
+    resumed = run_here(script, **values, resume=True)
+    ours, theirs = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("straight", "resumed")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_losses(straight, resumed, 0)
+
+
+def test_checkpoint_of_two_processes_goes_on_in_one(data, tmp_path):
+    values = settings(data, tmp_path / "resumed", dtype="float64")
+    run_command("ppo_offline", processes=2, **values | {"max_steps": 3})
+    resumed = run_here("ppo_offline", **values, resume=True)
+    straight = run_here("ppo_offline", **values | {"out": str(tmp_path / "straight")})
+    assert_same_losses(straight[4:], resumed[4:], 1e-12)
+
+
+def test_resume_refuses_what_changed_and_starts_or_ends_where_it_should(data, tmp_path, capsys):
+    values = settings(data, tmp_path / "out", max_steps=2)
+    run_here("dpo", **values, resume=True)  # nothing there yet: starts
+    with pytest.raises(common.UserError, match="not empty"):
+        run_here("dpo", **values)
+    with pytest.raises(common.UserError, match="--lr"):
+        run_here("dpo", **values | {"lr": 1e-3}, resume=True)
+    other = tmp_path / "other.jsonl"
+    other.write_text((data / "test.jsonl").read_text())
+    with pytest.raises(common.UserError, match="data"):
+        run_here("dpo", **values | {"data": str(other)}, resume=True)
+    with pytest.raises(common.UserError, match="script"):
+        run_here("slic", **values, resume=True)
+    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    run_here("dpo", **values, resume=True)
+    assert "finished already" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_sft_then_alignment(data, tmp_path):
+    run_here("sft", **settings(data, tmp_path / "sft"))
+    for script in ("kto", "dpo"):
+        start = run_here(script, **settings(data, tmp_path / script, model=str(tmp_path / "sft")))[
+            0
+        ]
+        margin = start["eval_reward_margin"]
+        assert abs(margin) < 1e-5  # policy and reference are both what SFT left
+
+
+def test_reference_column_is_shared_and_keyed_by_weights_rows_and_limits(data, tmp_path):
+    reference = tmp_path / "reference"
+    run_here("dpo", **settings(data, tmp_path / "dpo", max_steps=1))
+    first = set(reference.iterdir())
+    run_here("kto", **settings(data, tmp_path / "kto", max_steps=1))
+    # Training rows are the same sequences, pair by pair; of the test rows too.
+    assert set(reference.iterdir()) == first
+    run_here(
+        "dpo",
+        **settings(data, tmp_path / "short", max_steps=1, max_length=40, max_prompt_length=20),
+    )
+    second = set(reference.iterdir())
+    assert len(second) == len(first) + 2
+    run_here("sft", **settings(data, tmp_path / "sft", max_steps=1))
+    assert set(reference.iterdir()) == second  # it has no reference
+    run_here(
+        "dpo", **settings(data, tmp_path / "sft_dpo", max_steps=1, model=str(tmp_path / "sft"))
+    )
+    assert len(set(reference.iterdir())) == len(second) + 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_real_rows(script, tmp_path):
+    from archangel import data as archangel_data
+
+    rows = next((ROOT / "tests" / "data").glob("hh*"))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "archangel.data",
+            "hh",
+            "--input",
+            str(rows),
+            "--out",
+            tmp_path / "hh",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert archangel_data
+    records = run_here(
+        script, **settings(tmp_path / "hh", tmp_path / "out", max_steps=2, batch_size=4)
+    )
+    assert len(records) == 3
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
