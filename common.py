@@ -38,6 +38,7 @@ import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -92,12 +93,17 @@ def check_settings(config, above_zero: tuple[str, ...] = ()) -> None:
 def parse(config_class: type, description: str):
     """The command line as a `config_class`, whose comments are the lines of --help."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
+
+    def fail(message: str):
+        raise UserError(f"{message} (--help lists the settings)")
+
     parser = argparse.ArgumentParser(
-        usage="%(prog)s --model MODEL [--SETTING VALUE ...]  (--help lists the settings)",
+        usage="%(prog)s --model MODEL [--SETTING VALUE ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.error = fail
     for field in dataclasses.fields(config_class):
         required, choices = field.default is dataclasses.MISSING, typing.get_args(field.type)
         kind = {"type": type(field.default) if not required else str, "choices": choices or None}
@@ -120,7 +126,7 @@ def exit_status():
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"interrupted: {error or 'nothing was begun that --resume does not go on with'}")
+        print(f"interrupted: {error or 'nothing was begun that needs saving'}", file=sys.stderr)
         raise SystemExit(75) from None
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
@@ -424,6 +430,11 @@ def find_model(name: str) -> Path:
             ) from None
     if not any(path.glob("*.safetensors")):
         raise UserError(f"--model {path}: has no .safetensors; write them by save_pretrained")
+    for file in path.glob("*.safetensors"):
+        try:
+            safe_open(file, "pt")
+        except SafetensorError as error:
+            raise UserError(f"--model {file}: {error}; fetch or write it again") from None
     return path
 
 
@@ -471,7 +482,7 @@ class Run:
         self.dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights
         self.config, self.folder = config, Path(config.out)
         self.shared, self.stop = True, False  # prompts shared; a signal came
-        if not config.resume and self.folder.exists() and any(self.folder.iterdir()):
+        if self.folder.is_file() or (not config.resume and any(self.folder.glob("*"))):
             raise UserError(f"--out {self.folder}: is not empty; --resume, or choose another")
         self.model_path = find_model(config.model)
         self.tokenizer = load_tokenizer(self.model_path)

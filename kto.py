@@ -192,21 +192,21 @@ def add_partners(examples: list[dict], config: Config) -> None:
         example["partner"] = {"prompt_ids": example["prompt_ids"], "completions_ids": [partner_ids]}
 
 
-def halves(examples: list[dict]) -> tuple[list[dict], list[dict]]:
+def halves(examples: list[dict], config: Config) -> tuple[list[dict], list[dict]]:
     """The examples of the larger and the smaller class. Raises UserError if there is only one."""
     desirable = [example for example in examples if example["desirable"]]
     undesirable = [example for example in examples if not example["desirable"]]
     if not desirable or not undesirable:
         raise common.UserError(
-            f"--data: every label is {bool(desirable)}; this loss learns from desirable and "
-            "undesirable completions: add rows of the other kind, or use sft.py"
+            f"--data {config.data}: every label is {bool(desirable)}; this loss learns from "
+            "desirable and undesirable completions: add rows of the other kind, or use sft.py"
         )
     return max(desirable, undesirable, key=len), min(undesirable, desirable, key=len)
 
 
 def steps_per_epoch(examples: list[dict], config: Config) -> int:
     """Steps in one pass over the larger class, at half a batch a step."""
-    return math.ceil(len(halves(examples)[0]) / (config.batch_size // 2))
+    return math.ceil(len(halves(examples, config)[0]) / (config.batch_size // 2))
 
 
 def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
@@ -214,7 +214,7 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
 
     An epoch passes once over the larger class; the smaller one repeats, reshuffled each time.
     """
-    larger, smaller = halves(examples)
+    larger, smaller = halves(examples, config)
     epoch, number = divmod(step, steps_per_epoch(examples, config))
     start = epoch * len(larger) + number * (config.batch_size // 2)
     stop = min(start + config.batch_size // 2, (epoch + 1) * len(larger))

@@ -1,16 +1,16 @@
 """The report's data, and any other preference data, as the rows that a trainer reads.
 
-The report (section 3.4) aligns every model on one mixture of three sets: Anthropic HH, OpenAssistant,
-and "the subset of SHP recommended in the original release". Its SFT targets are "a subset of the
-generations used to subsequently align the model". This file makes those rows, and the rows of any
-other set in the field's usual shapes. A row is one JSON object in one of three forms:
+The report (section 3.4) aligns every model on one mixture of three sets: Anthropic HH,
+OpenAssistant, and "the subset of SHP recommended in the original release". Its SFT targets are "a
+subset of the generations used to subsequently align the model". This file makes those rows, and the
+rows of any other set in the field's usual shapes. A row is one JSON object in one of three forms:
 
     preference   {"prompt", "chosen", "rejected"}, and "target" where SFT imitates another reply
     unpaired     {"prompt", "completion", "label"}: true is desirable
     supervised   {"prompt", "completion"}
 
-Conversations are written as HH writes them: a turn opens with "\\n\\nHuman:" or "\\n\\nAssistant:", a
-prompt ends in "\\n\\nAssistant:", and a completion begins with a space.
+Conversations are written as HH writes them: a turn opens with "\\n\\nHuman:" or
+"\\n\\nAssistant:", a prompt ends in "\\n\\nAssistant:", and a completion begins with a space.
 
     python -m archangel.data hh --input harmless-base.jsonl.gz --out rows/hh
     python -m archangel.data oasst --input oasst_trees.jsonl.gz --out rows/oasst
@@ -18,8 +18,8 @@ prompt ends in "\\n\\nAssistant:", and a completion begins with a space.
     python -m archangel.data archangel                       # the mixture, for `--data archangel`
     python -m archangel.data rows --input pairs.parquet --out rows/pairs
 
-Each writes `train.jsonl`, `test.jsonl` (no prompt is in both) and `counts.json`: what was read, what
-was kept, what was dropped and why.
+Each writes `train.jsonl`, `test.jsonl` (no prompt is in both) and `counts.json`: what was read,
+what was kept, what was dropped and why.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from common import UserError, exit_status
@@ -516,15 +517,15 @@ def prepare() -> Path:
     Raises `UserError` where the hub cannot be reached.
     """
     folder = cache_folder()
-    ready = folder / "train.jsonl"
-    if not ready.is_file():
-        try:
-            make(folder, report_sources(dict.fromkeys(REPORT_SETS)))
-        except UserError as error:
-            if not ready.is_file():  # nor has another process made it meanwhile
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # of several processes one prepares, the others find it done
+        if not (folder / "train.jsonl").is_file():
+            try:
+                make(folder, report_sources(dict.fromkeys(REPORT_SETS)))
+            except UserError as error:
                 raise UserError(
-                    f"--data archangel is not prepared: {error}; or train on --data toy, or prepare "
-                    "it by python -m archangel.data archangel --hh FILE --oasst FILE --shp FILE"
+                    f"--data archangel is not prepared: {error}; or train on --data toy, or "
+                    "prepare it by python -m archangel.data archangel --hh F --oasst F --shp F"
                 ) from None
     return folder
 
