@@ -154,24 +154,23 @@ def read_rows(data: str, split: str, forms: Sequence[str]) -> list[dict]:
         data = prepare()
     path = TOY / "data" if data == "toy" else Path(data)
     if path.is_dir():
-        path = min(path.glob(f"{split}.jsonl*"), default=path / f"{split}.jsonl")
+        plain, packed = path / f"{split}.jsonl", path / f"{split}.jsonl.gz"
+        path = packed if packed.exists() and not plain.exists() else plain
     elif split == "test":
         return []
     if split == "test" and not path.exists():
         return []
     rows, where = [], f"--data {path}"
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(
-            path, "rt", encoding="utf-8-sig"
-        ) as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 where = f"{path}, row {number}"
-                if line.strip():
+                if line := line.decode("utf-8-sig").strip():
                     rows.append(_check_row(json.loads(line), forms))
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{where}: {error or type(error).__name__}") from None
-    if not rows:
-        raise UserError(f"{where}: has no rows")
+    if not rows and split == "train":
+        raise UserError(f"--data {path}: has no rows")
     return rows
 
 
@@ -386,8 +385,7 @@ def completion_tokens(examples: Sequence[dict]) -> int:
 
 def row_tokens(example: dict, shared: bool = True) -> int:
     """The tokens that an example takes in a batch; apart, of rows as long as its longest."""
-    lengths = [len(ids) for ids in example["completions_ids"]]
-    prompt = len(example["prompt_ids"])
+    prompt, lengths = len(example["prompt_ids"]), [len(ids) for ids in example["completions_ids"]]
     return prompt + sum(lengths) if shared else len(lengths) * (prompt + max(lengths))
 
 
@@ -708,12 +706,12 @@ def load_policy(run: Run, value_head: bool = False) -> Policy:
 
 @torch.no_grad()
 def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
-    """Compare the longest example's log-probabilities with the model's own forward pass.
+    """Compare the log-probabilities of the longest sequence with the model's own forward pass.
 
     Where shared prompts are wrong for the architecture, completions get rows of their own. Raises
     UserError where the output head is not what `_head_logps` takes it for.
     """
-    longest = [max(examples, key=row_tokens)]
+    longest = [max(examples, key=lambda e: row_tokens(e, False) / len(e["completions_ids"]))]
     apart = make_batch(longest, run.device, shared=False)
     plain = policy(apart, plain=True)
     limit = 3e-2 if run.bfloat16 else 1e-4  # mean over tokens, nats; a wrong mask costs over 0.5

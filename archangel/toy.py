@@ -251,7 +251,7 @@ def train_base(
             intermediate_size=4 * width,
             num_hidden_layers=layers,
             num_attention_heads=width // 32,
-            max_position_embeddings=512,
+            max_position_embeddings=2048,
             tie_word_embeddings=False,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,

@@ -248,10 +248,11 @@ def test_far_apart_is_finite(loss, dtype):
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("centre", "spread"), [(-800, 300.0), (-3, 2.0)])  # completions, tokens
 @pytest.mark.parametrize("loss", LOSSES)
-def test_half_precision_is_upcast(loss, half):
-    made = arguments(loss, size=200, spread=300.0)
-    made = map_tensors(lambda t: t if t.dtype == torch.bool else (t - 800).to(half), made)
+def test_half_precision_is_upcast(loss, centre, spread, half):
+    made = arguments(loss, size=200, spread=spread)
+    made = map_tensors(lambda t: t if t.dtype == torch.bool else (t + centre).to(half), made)
     losses = loss(**made)
     upcast = map_tensors(lambda t: t if t.dtype == torch.bool else t.float(), made)
     assert losses.dtype == torch.float32
