@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 import common
 
@@ -66,12 +65,12 @@ class Config:
 
 
 def dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
     beta: float = 0.1,
-) -> Tensor:
+) -> torch.Tensor:
     """DPO's loss for each pair, equation (4).
 
     Args:
@@ -94,7 +93,7 @@ def dpo_loss(
     return -torch.nn.functional.logsigmoid(beta * (chosen - rejected))  # (4)
 
 
-def dpo_value(reward_chosen: Tensor, reward_rejected: Tensor) -> Tensor:
+def dpo_value(reward_chosen: torch.Tensor, reward_rejected: torch.Tensor) -> torch.Tensor:
     """DPO's value of a reward against the rejected one's, section 4: log sigmoid(difference).
 
     Increasing and concave everywhere: it tends to 0 in gains, to a line of slope 1 in losses.
@@ -126,7 +125,7 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
 
 def micro_batch_losses(
     policy, batch: list[dict], config: Config, run: common.Run
-) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
     """Yield, for each micro-batch of this process, (loss, indices (b,), {figure: (b,)}).
 
     batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.
@@ -149,7 +148,7 @@ def micro_batch_losses(
         yield losses.sum() / len(batch), micro.indices, figures
 
 
-def summarise(figures: dict[str, Tensor], batch: list[dict]) -> dict[str, float]:
+def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, float]:
     """What metrics.jsonl says of a global batch's figures, (B,) each: their means."""
     return {name: values.mean().item() for name, values in figures.items()}
 

@@ -19,7 +19,7 @@ Deviations from the report:
     pairs neighbours of a minibatch; here partners are drawn once for the whole data set.
  5. The reference point is taken over the global batch: all processes, all micro-batches.
 
-    python kto.py --model toy --data toy --lr 1e-4 --warmup_steps 10 --out runs/kto
+    python kto.py --model toy --data toy --lr 2e-4 --warmup_steps 10 --out runs/kto
     torchrun --nproc_per_node=8 kto.py --model pythia-1.4b
 """
 
@@ -31,7 +31,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import common
 
@@ -78,14 +77,14 @@ class Config:
 
 
 def kto_loss(
-    policy_logps: Tensor,
-    reference_logps: Tensor,
-    desirable: Tensor,
-    kl: Tensor | float,
+    policy_logps: torch.Tensor,
+    reference_logps: torch.Tensor,
+    desirable: torch.Tensor,
+    kl: torch.Tensor | float,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-) -> Tensor:
+) -> torch.Tensor:
     """KTO's loss for each example, equation (7): weight * (1 - utility).
 
     Args:
@@ -110,11 +109,11 @@ def kto_loss(
     # Detached: the reference point is what an example is measured against, not a thing to train.
     kl = torch.as_tensor(kl, dtype=dtype, device=log_ratios.device).detach()
     gain = torch.where(desirable, log_ratios - kl, kl - log_ratios)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(dtype)
-    return weight * torch.sigmoid(-beta * gain)  # (7): 1 - sigmoid(z) = sigmoid(-z)
+    loss = torch.sigmoid(-beta * gain)  # (7): 1 - sigmoid(z) = sigmoid(-z)
+    return torch.where(desirable, desirable_weight * loss, undesirable_weight * loss)
 
 
-def kl_from_other_half(log_ratios: Tensor, desirable: Tensor) -> Tensor:
+def kl_from_other_half(log_ratios: torch.Tensor, desirable: torch.Tensor) -> torch.Tensor:
     """The report's reference point (B,), section 5: the other class's mean log-ratio, at least 0.
 
     Args:
@@ -126,7 +125,7 @@ def kl_from_other_half(log_ratios: Tensor, desirable: Tensor) -> Tensor:
     >>> kl_from_other_half(torch.tensor([1.0, 3.0, -4.0]), torch.tensor([True, True, False]))
     tensor([0., 0., 2.])
     """
-    log_ratios = log_ratios.detach()
+    log_ratios = log_ratios.detach().to(torch.promote_types(log_ratios.dtype, torch.float32))
     positive, negative = log_ratios[desirable], log_ratios[~desirable]
     for_desirable = negative.mean().clamp(min=0) if len(negative) else log_ratios.new_zeros(())
     for_undesirable = positive.mean().clamp(min=0) if len(positive) else log_ratios.new_zeros(())
@@ -134,8 +133,8 @@ def kl_from_other_half(log_ratios: Tensor, desirable: Tensor) -> Tensor:
 
 
 def kahneman_tversky_value(
-    z: Tensor, z_ref: Tensor | float, alpha: float = 0.88, loss_aversion: float = 2.25
-) -> Tensor:
+    z: torch.Tensor, z_ref: torch.Tensor | float, alpha: float = 0.88, loss_aversion: float = 2.25
+) -> torch.Tensor:
     """Kahneman and Tversky's value of an outcome z against z_ref, equation (6), in money.
 
     (z - z_ref)^alpha in gains, -loss_aversion * (z_ref - z)^alpha in losses: concave in gains,
@@ -148,10 +147,10 @@ def kahneman_tversky_value(
     gain = torch.as_tensor(z) - z_ref
     # Where the gain is 0 the power sees a 1, so that no infinite slope meets a zero factor.
     size = torch.where(gain == 0, 1.0, gain.abs()) ** alpha
-    return torch.where(gain > 0, size, -loss_aversion * size) * (gain != 0)
+    return torch.where(gain == 0, 0.0, torch.where(gain > 0, size, -loss_aversion * size))  # (6)
 
 
-def kto_value(z: Tensor, z_ref: Tensor | float) -> Tensor:
+def kto_value(z: torch.Tensor, z_ref: torch.Tensor | float) -> torch.Tensor:
     """KTO's value of a reward z, section 5: sigmoid(z - z_ref); as steep in losses as in gains."""
     return torch.sigmoid(z - z_ref)
 
@@ -224,7 +223,7 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
 
 
 @torch.no_grad()
-def collect_log_ratios(policy, examples: list[dict], run: common.Run) -> Tensor:
+def collect_log_ratios(policy, examples: list[dict], run: common.Run) -> torch.Tensor:
     """(B,) log-ratios of the global batch on every process, by a pass of its own."""
     parts = [
         (micro.indices, {"r": micro.sum(policy(micro) - micro.reference_logps)})
@@ -235,7 +234,7 @@ def collect_log_ratios(policy, examples: list[dict], run: common.Run) -> Tensor:
 
 def micro_batch_losses(
     policy, batch: list[dict], config: Config, run: common.Run
-) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
     """Yield, for each micro-batch of this process, (loss, indices (b,), {figure: (b,)}).
 
     batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.
@@ -266,7 +265,7 @@ def micro_batch_losses(
         yield losses.sum() / len(batch), i, figures
 
 
-def summarise(figures: dict[str, Tensor], batch: list[dict]) -> dict[str, float]:
+def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, float]:
     """What metrics.jsonl says of a global batch's figures, (B,) each."""
     desirable = torch.tensor([example["desirable"] for example in batch])
     reward = figures["reward"].cpu()

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 import common
 
@@ -82,12 +81,12 @@ class Config:
 
 
 def ppo_offline_loss(
-    policy_token_logps: Tensor,
-    reference_token_logps: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
+    policy_token_logps: torch.Tensor,
+    reference_token_logps: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
     epsilon: float = 0.5,
-) -> Tensor:
+) -> torch.Tensor:
     """PPO's clipped loss for each completion token, section 3.3.
 
     Args:
@@ -114,8 +113,12 @@ def ppo_offline_loss(
 
 
 def gae(
-    values: Tensor, rewards: Tensor, mask: Tensor, gamma: float = 0.99, gae_lambda: float = 0.95
-) -> tuple[Tensor, Tensor]:
+    values: torch.Tensor,
+    rewards: torch.Tensor,
+    mask: torch.Tensor,
+    gamma: float = 0.99,
+    gae_lambda: float = 0.95,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages and returns by generalised advantage estimation (arXiv 1506.02438).
 
     Args:
@@ -128,7 +131,8 @@ def gae(
     >>> gae(torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2).bool(), gamma=0.5, gae_lambda=1.0)
     (tensor([[0.5000, 1.0000]]), tensor([[0.5000, 1.0000]]))
     """
-    values = torch.where(mask, values.detach(), 0.0)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    values, rewards = torch.where(mask, values.detach(), 0.0).to(dtype), rewards.to(dtype)
     last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
     # The step's own reward is part of it: a perfect critic then leaves advantages of 0 everywhere.
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
@@ -136,12 +140,11 @@ def gae(
     advantages = torch.zeros_like(values)
     ahead = torch.zeros_like(rewards)
     for t in reversed(range(values.shape[1])):
-        ahead = torch.where(mask[:, t], errors[:, t] + gamma * gae_lambda * ahead, 0.0)
-        advantages[:, t] = ahead
+        advantages[:, t] = ahead = errors[:, t] + gamma * gae_lambda * ahead
     return advantages, advantages + values
 
 
-def rlhf_value(reward_chosen: Tensor, reward_rejected: Tensor) -> Tensor:
+def rlhf_value(reward_chosen: torch.Tensor, reward_rejected: torch.Tensor) -> torch.Tensor:
     """RLHF's value of a reward against the rejected one's, section 4: sigmoid(difference).
 
     It is also the probability of a preference, equation (1).
@@ -200,7 +203,7 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
 
 def micro_batch_losses(
     policy, batch: list[dict], config: Config, run: common.Run
-) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
     """Yield, for each micro-batch of this process, (loss, indices (b,), {figure: (b,)}).
 
     batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.
@@ -231,7 +234,7 @@ def micro_batch_losses(
         yield both.sum() / tokens, micro.indices, figures
 
 
-def summarise(figures: dict[str, Tensor], batch: list[dict]) -> dict[str, float]:
+def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, float]:
     """What metrics.jsonl says of a global batch's figures, (B,) each: means over tokens, mostly."""
     tokens = common.completion_tokens(batch)
     desirable = torch.tensor([example["desirable"] for example in batch])

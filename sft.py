@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 import common
 
@@ -61,7 +60,7 @@ class Config:
 # ------------------------------------------------------------------------------------- the loss
 
 
-def sft_loss(policy_token_logps: Tensor) -> Tensor:
+def sft_loss(policy_token_logps: torch.Tensor) -> torch.Tensor:
     """The standard loss for each completion token, section 2: its negative log-probability.
 
     Args:
@@ -108,7 +107,7 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
 
 def micro_batch_losses(
     policy, batch: list[dict], config: Config, run: common.Run
-) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
     """Yield, for each micro-batch of this process, (loss, indices (b,), {figure: (b,)}).
 
     batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.
@@ -119,7 +118,7 @@ def micro_batch_losses(
         yield losses.sum() / tokens, micro.indices, {"loss": micro.sum(losses)}
 
 
-def summarise(figures: dict[str, Tensor], batch: list[dict]) -> dict[str, float]:
+def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, float]:
     """What metrics.jsonl says of a global batch's figures, (B,) each: the mean over tokens."""
     return {"loss": figures["loss"].sum().item() / common.completion_tokens(batch)}
 

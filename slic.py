@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 import common
 
@@ -68,12 +67,12 @@ class Config:
 
 
 def slic_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    policy_target_logps: Tensor,
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    policy_target_logps: torch.Tensor,
     beta: float = 1.0,
     lambda_reg: float = 0.1,
-) -> Tensor:
+) -> torch.Tensor:
     """SLiC's loss for each pair, equation (5) and the one under it.
 
     Args:
@@ -95,7 +94,9 @@ def slic_loss(
     return calibration - lambda_reg * policy_target_logps.to(dtype)
 
 
-def slic_value(reward_chosen: Tensor, reward_rejected: Tensor, beta: float) -> Tensor:
+def slic_value(
+    reward_chosen: torch.Tensor, reward_rejected: torch.Tensor, beta: float
+) -> torch.Tensor:
     """SLiC's value of a reward against the rejected one's, section 4: min(0, difference - beta).
 
     0 past the margin, a line of slope 1 below it.
@@ -130,7 +131,7 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
 
 def micro_batch_losses(
     policy, batch: list[dict], config: Config, run: common.Run
-) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
     """Yield, for each micro-batch of this process, (loss, indices (b,), {figure: (b,)}).
 
     batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.
@@ -152,7 +153,7 @@ def micro_batch_losses(
         yield losses.sum() / len(batch), micro.indices, figures
 
 
-def summarise(figures: dict[str, Tensor], batch: list[dict]) -> dict[str, float]:
+def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, float]:
     """What metrics.jsonl says of a global batch's figures, (B,) each: their means."""
     return {name: values.mean().item() for name, values in figures.items()}
 

@@ -1,0 +1,138 @@
+"""The README's commands run, or, where they need GPUs or the hub, are read by the command line."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+import kto
+
+ROOT = Path(common.__file__).parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+]
+
+
+def marked(name: str) -> str:
+    """The one command under a marker."""
+    return re.search(rf"<!-- {name} -->\n```bash\n(.*?)\n```", README).group(1)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the project, to run in."""
+    folder = tmp_path_factory.mktemp("checkout") / "project"
+    left_out = shutil.ignore_patterns(".git", ".venv", "runs", "tests", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    return folder
+
+
+def run(command: str, folder: Path) -> str:
+    """Run a command by this Python."""
+    words = shlex.split(command)
+    assert words[0] == "python"
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_first_command_trains_and_shows_replies(checkout):
+    steps = marked("first command").split(" && ")
+    assert steps[:3] == marked("test command").split(" && ")[:3]  # one virtual environment for both
+    assert "pip install -r requirements.txt" in steps
+    training, sampling = steps[-2:]
+    shown = run(training + " --max_steps 3", checkout)  # the whole of it is a minute's work
+    assert "the model is in runs/kto" in shown and "held out, after step 3" in shown
+    shown = run(sampling + " --n 4", checkout)
+    assert "before" in shown and "after" in shown and "win rate" in shown
+
+
+def test_ci_runs_the_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert script.count("\neval ") == 1
+    only_print = re.sub(r"\neval .*", "\n", script).replace('$(dirname "$0")/..', str(ROOT))
+    done = subprocess.run(["bash", "-c", only_print], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == marked("test command")
+    assert marked("test command").endswith("python -m pytest")
+
+
+def test_copying_a_loss_needs_torch_alone(checkout):
+    command = next(line for line in COMMANDS if "getsource" in line)
+    namespace = {}
+    exec("import torch", namespace)
+    exec(run(command, checkout), namespace)
+    zero = namespace["torch"].zeros(2)
+    labels = namespace["torch"].tensor([True, False])
+    assert namespace["kto_loss"](zero, zero, labels, 0.0).tolist() == [0.5, 0.5]
+
+
+def scripts_called() -> list[list[str]]:
+    """[script, flag, value, ...] for every call of a trainer in the README."""
+    calls = []
+    for line in COMMANDS:
+        for part in line.split(" && "):
+            words = shlex.split(part)
+            script = next((word for word in words if re.fullmatch(r"\w+\.py", word)), None)
+            if script:
+                calls.append(words[words.index(script) :])
+    return calls
+
+
+@pytest.mark.parametrize("call", scripts_called(), ids=" ".join)
+def test_every_trainer_call_is_understood(call, monkeypatch, capsys):
+    script, *flags = call
+    monkeypatch.setattr(sys, "argv", call)
+    module = __import__(script.removesuffix(".py"))
+    if flags == ["--help"]:
+        with pytest.raises(SystemExit):
+            common.parse(module.Config, module.__doc__)
+        help_text = capsys.readouterr().out
+        assert all(f"--{name}" in help_text for name in module.Config.__dataclass_fields__)
+        return
+    config = common.parse(module.Config, module.__doc__)
+    known = config.model in ("toy", *common.MODELS) or config.model.startswith("runs/")
+    assert known
+
+
+def test_data_commands_are_understood():
+    from archangel import data
+
+    for line in COMMANDS:
+        if "archangel.data" in line:
+            assert data.parse(shlex.split(line)[3:])
+
+
+def test_files_flags_and_functions_named_are_there():
+    for name in re.findall(r"`(\w[\w/]*\.(?:py|md|txt|toml))`", README):
+        assert (ROOT / name).exists(), name
+    flags = {f"--{name}" for name in kto.Config.__dataclass_fields__} | {"--epsilon", "--index-url"}
+    for flag in set(re.findall(r"(?<![\w-])--\w+", README)):
+        assert flag in flags | {"--against", "--input", "--nproc_per_node", "--help", "--index"}, (
+            flag
+        )
+    for row in re.findall(r"^\|.*\|$", README, re.M):
+        for script, functions in re.findall(r"`(\w+\.py)`: ((?:`\w+`(?:, )?)+)", row):
+            for function in re.findall(r"`(\w+)`", functions):
+                assert re.search(rf"^def {function}\(", (ROOT / script).read_text(), re.M), function
+
+
+def test_doc_commands_are_the_readme_s():
+    """Each script's docstring names its two commands: a laptop's and eight GPUs'."""
+    for script in ("kto", "dpo", "slic", "ppo_offline", "sft"):
+        text = (ROOT / f"{script}.py").read_text().split('"""')[1]
+        assert f"    python {script}.py --model toy --data toy" in text
+        assert f"    torchrun --nproc_per_node=8 {script}.py --model pythia-1.4b" in text
+    training = marked("first command").split(" && ")[-2]
+    assert training in (ROOT / "kto.py").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
