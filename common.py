@@ -503,6 +503,9 @@ class Run:
                 f"model places for {places}; give a smaller --max_length"
             )
         labels = [example.get("desirable") for example in everything]
+        good, bad = (labels[: len(train_set)].count(label) for label in (True, False))
+        if good != bad:
+            self._say(f"{good} desirable, {bad} undesirable examples: the smaller class repeats")
         self.record = {
             "script": Path(inspect.getfile(type(config))).name,
             "settings": dataclasses.asdict(config),

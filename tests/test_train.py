@@ -205,6 +205,42 @@ def test_resume_refuses_what_changed_and_starts_or_ends_where_it_should(data, tm
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_sft_loss_is_the_mean_over_all_tokens_of_the_global_batch(data, tmp_path):
+    import sft
+
+    values = settings(data, tmp_path / "out", max_steps=1, micro_batch_tokens=200)
+    record = run_here("sft", **values)[1]
+    config = sft.Config(**values)
+    tokenizer = common.load_tokenizer(common.TOY / "model")
+    examples = sft.make_examples(common.read_rows(str(data), "train", sft.FORMS), tokenizer, config)
+    model = AutoModelForCausalLM.from_pretrained(common.TOY / "model")
+    nats, tokens = 0.0, 0
+    for example in sft.global_batch(examples, config, 0):
+        (completion,) = example["completions_ids"]
+        ids = torch.tensor([[*example["prompt_ids"].tolist(), *completion.tolist()]])
+        logps = model(ids).logits[0, -len(completion) - 1 : -1].log_softmax(-1)
+        nats -= logps.gather(1, ids[0, -len(completion) :, None]).sum().item()
+        tokens += len(completion)
+    assert record["tokens"] == tokens
+    assert record["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_ten_desirable_to_one_undesirable(data, tmp_path, capsys):
+    lines = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()[:33]]
+    rows = [
+        {"prompt": row["prompt"], "completion": row["rejected" if i % 11 == 0 else "chosen"]}
+        | {"label": i % 11 != 0}
+        for i, row in enumerate(lines)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for script in ("kto", "ppo_offline"):
+        records = run_here(script, **settings(path, tmp_path / script, max_steps=0))
+        assert len(records) - 1 == 5  # 30 desirable, six a step
+        assert "30 desirable, 3 undesirable examples" in capsys.readouterr().err
+        assert "eval_loss" not in records[-1]  # one file: nothing is held out
+
+
 def test_sft_then_alignment(data, tmp_path):
     run_here("sft", **settings(data, tmp_path / "sft"))
     for script in ("kto", "dpo"):
