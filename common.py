@@ -183,14 +183,12 @@ def _check_row(row, forms: Sequence[str]) -> dict:
         raise ValueError(f"has {sorted(row)}; this loss needs {needed}")
     row = {field: row[field] for field in (*form, "target") if field in row}
     for field, value in row.items():
-        if field == "label":
-            if not isinstance(value, bool):
-                raise ValueError(f"label must be true or false, not {value!r:.40}")
-        elif not isinstance(value, str):
-            raise ValueError(f"{field} must be text, not {value!r:.40}")
-        elif field != "prompt" and not value.strip():
+        kind, name = (bool, "true or false") if field == "label" else (str, "text")
+        if not isinstance(value, kind):
+            raise ValueError(f"{field} must be {name}, not {value!r:.40}")
+        if kind is str and field != "prompt" and not value.strip():
             raise ValueError(f"{field} is empty")
-        value.encode() if isinstance(value, str) else None  # half a surrogate pair is no text
+    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text: ValueError
     return row
 
 
@@ -527,9 +525,7 @@ class Run:
         dist.broadcast_object_list(weights)
         self.record["model"] = weights[0]
         self._refuse_changes(before)
-        if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.write_record()
+        self.write_record()
         self.bar = tqdm(desc="train", total=steps, disable=self.rank != 0)
         return True
 
@@ -539,26 +535,30 @@ class Run:
 
     def _refuse_changes(self, before: dict) -> None:
         """Raise UserError, by name, where the folder's run was of other settings, data or model."""
-        now = self.record | {f"--{k}": v for k, v in self.record["settings"].items()}
-        then = before | {f"--{k}": v for k, v in before.get("settings", {}).items()}
-        kept = {
-            "script",
-            "data",
-            "model",
-            *(f"--{k}" for k in now["settings"] if k not in MAY_CHANGE),
-        }
-        changed = [k for k in now if k in kept and k in then and now[k] != then[k]]
+
+        def fixed(record: dict) -> dict:
+            settings = record.get("settings", {}).items()
+            kept = {f"--{name}": value for name, value in settings if name not in MAY_CHANGE}
+            return kept | {k: record[k] for k in ("script", "data", "model") if k in record}
+
+        now, then = fixed(self.record), fixed(before)
+        changed = [name for name in now if name in then and now[name] != then[name]]
         if changed:
             raise UserError(
                 f"--resume {self.folder}: {', '.join(changed)} changed since this run began; "
                 "give what it began with, or another --out"
             )
 
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the folder, whole or not at all (process 0)."""
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"{name}.partial").write_text(text)
+            (self.folder / f"{name}.partial").rename(self.folder / name)
+
     def write_record(self) -> None:
         """Write run.json: every setting, version and fingerprint."""
-        partial = self.folder / "run.json.partial"
-        partial.write_text(json.dumps(self.record, indent=2) + "\n")
-        partial.rename(self.folder / "run.json")
+        self.write("run.json", json.dumps(self.record, indent=2) + "\n")
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoints/step_" + "[0-9]" * 8))
@@ -570,8 +570,9 @@ class Run:
         """
         final = self.folder / f"checkpoints/step_{step:08d}"
         partial = final.with_name(final.name + ".partial")
-        if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        if self.rank == 0:  # what a killed run left half-written
+            for older in final.parent.glob("*.partial"):
+                shutil.rmtree(older)
         dist.barrier()
         model, optim = dcp_state.get_state_dict(policy, optimizer)
         dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
@@ -592,10 +593,11 @@ class Run:
                 policy, optimizer, model_state_dict=model, optim_state_dict=optim
             )
         metrics = self.folder / "metrics.jsonl"
-        if self.rank == 0 and metrics.exists():  # steps after the checkpoint will come again
+        if metrics.exists():  # steps after the checkpoint will come again
             lines = [line for line in metrics.read_text().split("\n") if line.endswith("}")]
             kept = [line for line in lines if saved and json.loads(line)["step"] <= done]
-            metrics.write_text("".join(line + "\n" for line in kept))
+            self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+        self.write_record()  # with what the self-check found
         self.bar.update(done)
         for number in (signal.SIGTERM, signal.SIGINT):  # from now on there is something to save
             signal.signal(number, lambda *_: setattr(self, "stop", True))

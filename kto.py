@@ -232,9 +232,7 @@ def collect_log_ratios(policy, examples: list[dict], run: common.Run) -> torch.T
     return common.gather(parts, len(examples), run)["r"]
 
 
-def micro_batch_losses(
-    policy, batch: list[dict], config: Config, run: common.Run
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
+def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Run) -> Iterator:
     """Yield, for each micro-batch of this process, (loss, indices (b,), {figure: (b,)}).
 
     batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.

@@ -201,9 +201,7 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
     ]
 
 
-def micro_batch_losses(
-    policy, batch: list[dict], config: Config, run: common.Run
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
+def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Run) -> Iterator:
     """Yield, for each micro-batch of this process, (loss, indices (b,), {figure: (b,)}).
 
     batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.

@@ -129,9 +129,7 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
     return [examples[i] for i in common.endless(len(examples), (config.seed,), start, stop)]
 
 
-def micro_batch_losses(
-    policy, batch: list[dict], config: Config, run: common.Run
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
+def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Run) -> Iterator:
     """Yield, for each micro-batch of this process, (loss, indices (b,), {figure: (b,)}).
 
     batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.

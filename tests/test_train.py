@@ -243,12 +243,26 @@ def test_ten_desirable_to_one_undesirable(data, tmp_path, capsys):
 
 def test_sft_then_alignment(data, tmp_path):
     run_here("sft", **settings(data, tmp_path / "sft"))
-    for script in ("kto", "dpo"):
-        start = run_here(script, **settings(data, tmp_path / script, model=str(tmp_path / "sft")))[
-            0
-        ]
-        margin = start["eval_reward_margin"]
-        assert abs(margin) < 1e-5  # policy and reference are both what SFT left
+    for script, figure in {
+        "kto": "eval_reward_margin",
+        "dpo": "eval_reward_margin",
+        "ppo_offline": "eval_log_ratio_margin",
+        "slic": "eval_logp_margin",
+    }.items():
+        values = settings(data, tmp_path / script, model=str(tmp_path / "sft"))
+        start = run_here(script, **values)[0]
+        if script != "slic":  # policy and reference are both what SFT left
+            assert abs(start[figure]) < 1e-5
+
+
+def test_value_head_is_kept_in_checkpoints_and_left_out_of_the_model(data, tmp_path):
+    from torch.distributed.checkpoint import FileSystemReader
+
+    run_here("ppo_offline", **settings(data, tmp_path / "ppo", max_steps=2))
+    (checkpoint,) = (tmp_path / "ppo" / "checkpoints").iterdir()
+    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    assert "model.value_head.weight" in saved
+    assert not any("value_head" in name for name in load_file(tmp_path / "ppo/model.safetensors"))
 
 
 def test_reference_column_is_shared_and_keyed_by_weights_rows_and_limits(data, tmp_path):
