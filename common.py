@@ -41,7 +41,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -105,15 +107,15 @@ def parse(config_class: type, description: str):
     )
     parser.error = fail
     for field in dataclasses.fields(config_class):
-        required, choices = field.default is dataclasses.MISSING, typing.get_args(field.type)
-        kind = {"type": type(field.default) if not required else str, "choices": choices or None}
-        parser.add_argument(
-            f"--{field.name}",
-            default=field.default,
-            required=required,
-            help=comments[field.name] + ("" if required else f" (default: {field.default})"),
-            **({"action": argparse.BooleanOptionalAction} if field.type is bool else kind),
-        )
+        required = field.default is dataclasses.MISSING
+        line = comments[field.name] + ("" if required else f" (default: {field.default})")
+        kind = {"type": str if required else type(field.default)}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif choices := typing.get_args(field.type):
+            kind = {"choices": choices}
+        arguments = {"required": required, "default": field.default, "help": line, **kind}
+        parser.add_argument(f"--{field.name}", **arguments)
     return config_class(**vars(parser.parse_args()))
 
 
@@ -238,7 +240,7 @@ class Batch:
     predictors: Tensor  # (N,) places in the flattened (R * T) that predict the tokens below
     targets: Tensor  # (N,) completion tokens, in input order
     mask: Tensor  # (C, longest) bool, the places of `pad` that hold a token
-    reference_logps: Tensor | None  # (N,) log pi_ref of the targets, where the examples have it
+    reference_logps: Tensor  # (N,) log pi_ref of the targets; (0,) where the examples have none
 
     def pad(self, values: Tensor) -> Tensor:
         """Values (N,) of the completion tokens as (C, longest), 0 where there is no token."""
@@ -262,7 +264,8 @@ def make_batch(examples, device="cpu", pad_id=0, shared=True, indices=None) -> B
     width = max((len(prompt) + sum(map(len, group)) for prompt, group in rows), default=1)
     input_ids = np.full((max(len(rows), 1), width), pad_id)
     position_ids, segments = np.zeros_like(input_ids), np.zeros_like(input_ids)
-    predictors, targets, lengths = [[]], [[]], []
+    none = np.empty(0, dtype=int)
+    predictors, targets, lengths = [none], [none], [none]
     for r, (prompt, group) in enumerate(rows):
         end = len(prompt)
         input_ids[r, :end], position_ids[r, :end] = prompt, np.arange(end)
@@ -273,22 +276,20 @@ def make_batch(examples, device="cpu", pad_id=0, shared=True, indices=None) -> B
             # A token is predicted one place before it, a completion's first by the prompt's last.
             predictors += [[r * width + len(prompt) - 1], r * width + np.arange(start, end - 1)]
             targets.append(completion)
-            lengths.append(len(completion))
-    reference = [example["reference_logps"] for example in examples if "reference_logps" in example]
+            lengths.append([len(completion)])
+    reference = [example.get("reference_logps", np.float32([])) for example in examples]
+    lengths = np.concatenate(lengths)
     arrays = {
-        "indices": range(len(examples)) if indices is None else indices,
+        "indices": np.array(range(len(examples)) if indices is None else indices, dtype=int),
         "input_ids": input_ids,
         "position_ids": position_ids,
         "segments": segments,
         "predictors": np.concatenate(predictors),
         "targets": np.concatenate(targets),
+        "mask": np.arange(lengths.max(initial=0)) < lengths[:, None],
+        "reference_logps": np.concatenate([np.float32([]), *reference]),
     }
-    tensors = {
-        name: torch.as_tensor(np.array(a, dtype=int)).to(device) for name, a in arrays.items()
-    }
-    mask = np.arange(max(lengths, default=0)) < np.array(lengths, dtype=int)[:, None]
-    reference = torch.from_numpy(np.concatenate(reference)).to(device) if reference else None
-    return Batch(**tensors, mask=torch.from_numpy(mask).to(device), reference_logps=reference)
+    return Batch(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
 
 
 def completion_logps(model, batch: Batch, return_hidden: bool = False):
@@ -633,13 +634,11 @@ class Run:
 
     def speed(self, batch: Sequence[dict], started: float) -> dict[str, float]:
         """Completion tokens of a step, how many a second, and the most memory so far in MiB."""
-        tokens = completion_tokens(batch)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**20
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        rate = tokens / (time.perf_counter() - started)
-        return {"tokens": tokens, "tokens_per_second": rate, "max_memory_mib": memory}
+        tokens, seconds = completion_tokens(batch), time.perf_counter() - started
+        return {"tokens": tokens, "tokens_per_second": tokens / seconds, "max_memory_mib": memory}
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Append a step's figures to metrics.jsonl, and show them."""
@@ -669,35 +668,32 @@ def load_policy(run: Run, value_head: bool = False) -> Policy:
     how = {"dtype": run.dtype, "attn_implementation": "eager" if capped else "sdpa"}  # sdpa cannot
 
     def build(lm):
-        width = lm.get_output_embeddings().weight.shape[1]
-        head = nn.Linear(width, 1, dtype=run.dtype) if value_head else None
-        if head is not None:  # a critic that begins at 0 everywhere, with nothing random
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-        policy, blocks = Policy(lm, head, run.bfloat16).eval(), []  # eval: no dropout
-        for parent in list(lm.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child).__name__ in (lm._no_split_modules or ()):
-                    if run.config.activation_checkpointing:
-                        child = checkpoint_wrapper(child)
-                        setattr(parent, name, child)
-                    blocks.append(child)
-        return policy, blocks
+        width, head = lm.get_output_embeddings().weight.shape[1], None
+        if value_head:
+            head = nn.Linear(width, 1, dtype=run.dtype)
+            for parameter in head.parameters():  # a critic that begins at 0, nothing random
+                nn.init.zeros_(parameter)
+        return Policy(lm, head, run.bfloat16).eval()  # eval: no dropout
 
     source = None
     if run.rank == 0:
         lm = AutoModelForCausalLM.from_pretrained(run.model_path, use_safetensors=True, **how)
-        source = build(lm)[0]
+        policy = source = build(lm)
+    if run.world_size > 1:
+        with torch.device("meta"):
+            policy = build(AutoModelForCausalLM.from_config(config, **how))
+    blocks = [
+        m for m in policy.modules() if type(m).__name__ in (policy.lm._no_split_modules or ())
+    ]
+    if run.config.activation_checkpointing:
+        apply_activation_checkpointing(policy, check_fn=lambda module: module in blocks)
     if run.world_size == 1:  # sharding would cost 40% of the speed for the same bits
-        return source.to(run.device)
-    with torch.device("meta"):
-        policy, blocks = build(AutoModelForCausalLM.from_config(config, **how))
+        return policy.to(run.device)
     compute = torch.bfloat16 if run.bfloat16 else None
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=run.dtype)
-    for module in (*blocks, policy):  # the root too is put away after a pass without gradient:
-        fully_shard(
-            module, mp_policy=precision, reshard_after_forward=True
-        )  # optimizer, checkpoint
+    # The root too, even after a pass without gradient: optimizer and checkpoints look at it.
+    for module in (*blocks, policy):
+        fully_shard(module, mp_policy=precision, reshard_after_forward=True)
     policy.to_empty(device=run.device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     state = source.state_dict() if source else {}

@@ -56,24 +56,24 @@ def run_here(script: str, **values) -> list[dict]:
     return metrics(values["out"])
 
 
-def run_command(script: str, processes: int = 0, expect: int = 0, **values):
+def run_command(script: str, *flags: str, processes: int = 0, **values):
     """Train by the command line, under torchrun where `processes` is given."""
     python = [sys.executable]
     if processes:
         python += ["-m", "torch.distributed.run", "--standalone"]
         python += [f"--nproc_per_node={processes}"]
-    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    words = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     done = subprocess.run(
-        [*python, str(ROOT / f"{script}.py"), *flags],
+        [*python, str(ROOT / f"{script}.py"), *words, *flags],
         capture_output=True,
         text=True,
         env=environment,
         timeout=300,
     )
-    assert done.returncode == expect, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
@@ -89,7 +89,10 @@ def assert_same_losses(ours: list[dict], theirs: list[dict], tolerance: float) -
     """Step by step; the figures too, where they are not of speed and memory."""
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     for a, b in zip(ours, theirs):
-        for name in a.keys() - {"tokens_per_second", "max_memory_mib"}:
+        names = a.keys() - {"tokens_per_second", "max_memory_mib"}
+        if a["step"] <= 1:  # before a step was taken all rewards are 0, and their signs rounding
+            names -= {"reward_accuracy", "eval_reward_accuracy"}
+        for name in names:
             # A reward margin passes through 0: to the tolerance of the rewards, not of itself.
             close = abs(a[name] - b[name]) <= tolerance * max(abs(a[name]), 1.0)
             assert close, f"step {a['step']}: {name} {a[name]} and {b[name]}"
@@ -130,10 +133,15 @@ def test_command_line_trains_a_model_that_plain_transformers_loads(script, alone
     assert reply.shape[1] > prompt["input_ids"].shape[1]
 
 
+# With little memory one process has more micro-batches than the other, which takes part with none.
+@pytest.mark.parametrize("limit", [200, 8192])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_give_the_losses_of_one(script, alone, data, tmp_path):
-    values = settings(data, tmp_path / "two", dtype="float64")
-    run_command(script, processes=2, **values)
+def test_two_processes_give_the_losses_of_one(script, limit, alone, data, tmp_path):
+    if limit == 8192 and script in ("sft", "slic"):
+        pytest.skip("nothing in it that dpo, kto and ppo_offline do not have")
+    values = settings(data, tmp_path / "two", dtype="float64", micro_batch_tokens=limit)
+    checkpointing = ["--activation_checkpointing"] if limit == 200 else []
+    run_command(script, *checkpointing, processes=2, **values)
     assert_same_losses(metrics(alone(script)), metrics(values["out"]), 1e-12)
     AutoModelForCausalLM.from_pretrained(values["out"])
 
