@@ -527,7 +527,6 @@ class Run:
         self.record["model"] = weights[0]
         self._refuse_changes(before)
         self.write_record()
-        self.bar = tqdm(desc="train", total=steps, disable=self.rank != 0)
         return True
 
     def _say(self, text: str) -> None:
@@ -599,7 +598,7 @@ class Run:
             kept = [line for line in lines if saved and json.loads(line)["step"] <= done]
             self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
         self.write_record()  # with what the self-check found
-        self.bar.update(done)
+        self.bar = tqdm(desc="train", initial=done, total=self.steps, disable=self.rank != 0)
         for number in (signal.SIGTERM, signal.SIGINT):  # from now on there is something to save
             signal.signal(number, lambda *_: setattr(self, "stop", True))
         return done

@@ -13,8 +13,8 @@ replies are anyway. Each class is measured against the mean of r over the other 
 Deviations from the report:
  1. The report prints the utility to be maximised; the loss is one minus it, to be minimised.
  2. The reference point is clamped at 0: a KL divergence is never negative, its estimate can be.
- 3. The reference point is detached: it is what a reply is measured against. With a gradient, each
-    desirable reply would also push the undesirable ones' log-probabilities up, and vice versa.
+ 3. The reference point is detached: it is what a reply is measured against. With a gradient, a loss
+    could also be lowered by moving the yardstick, which is the other class's replies.
  4. The two class weights and `--kl mismatched` are the later paper's (arXiv 2402.01306), which
     pairs neighbours of a minibatch; here partners are drawn once for the whole data set.
  5. The reference point is taken over the global batch: all processes, all micro-batches.
