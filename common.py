@@ -611,6 +611,7 @@ class Run:
         if stop or every and (step % every == 0 or step == self.steps):
             self.save(step, policy, optimizer)
         if stop:
+            self.bar.close()
             raise Interrupted(f"stopped and saved after step {step}; go on with --resume")
 
     def export(self, policy: Policy) -> None:
