@@ -54,7 +54,7 @@ MODELS = {  # the report's seven (section 3.4), short name to hub id
     **{f"pythia-{size}": f"EleutherAI/pythia-{size}" for size in ("1.4b", "2.8b", "6.9b", "12b")},
     **{f"llama-{size}": f"huggyllama/llama-{size}" for size in ("7b", "13b", "30b")},
 }
-FORMS = {  # what a row may hold; a script names the forms that its loss can learn from
+FIELDS = {  # what a row may hold; a script names the forms that its loss can learn from
     "preference": ("prompt", "chosen", "rejected"),
     "unpaired": ("prompt", "completion", "label"),
     "supervised": ("prompt", "completion"),
@@ -128,7 +128,8 @@ def exit_status():
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"interrupted: {error or 'nothing was begun that needs saving'}", file=sys.stderr)
+        why = str(error) or "before the first step; --resume starts it again"
+        tqdm.write(f"interrupted: {why}", file=sys.stderr)
         raise SystemExit(75) from None
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
@@ -170,7 +171,7 @@ def read_rows(data: str, split: str, forms: Sequence[str]) -> list[dict]:
                 if line := line.decode("utf-8-sig").strip():
                     rows.append(_check_row(json.loads(line), forms))
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise UserError(f"{where}: {error or type(error).__name__}") from None
+        raise UserError(f"{where}: {str(error) or type(error).__name__}") from None
     if not rows and split == "train":
         raise UserError(f"--data {path}: has no rows")
     return rows
@@ -179,9 +180,9 @@ def read_rows(data: str, split: str, forms: Sequence[str]) -> list[dict]:
 def _check_row(row, forms: Sequence[str]) -> dict:
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
-    form = next((FORMS[form] for form in forms if row.keys() >= set(FORMS[form])), None)
+    form = next((FIELDS[form] for form in forms if row.keys() >= set(FIELDS[form])), None)
     if form is None:
-        needed = " or ".join("{" + ", ".join(FORMS[form]) + "}" for form in forms)
+        needed = " or ".join("{" + ", ".join(FIELDS[form]) + "}" for form in forms)
         raise ValueError(f"has {sorted(row)}; this loss needs {needed}")
     row = {field: row[field] for field in (*form, "target") if field in row}
     for field, value in row.items():
@@ -205,21 +206,19 @@ def tokenise(texts: list[tuple[str, list[str]]], tokenizer, config) -> list[dict
     starts = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]  # does it add one itself?
     bos, eos = [tokenizer.bos_token_id] * starts, [tokenizer.eos_token_id]
     examples = []
-    for first in progress(range(0, len(texts), 1000), "tokenise"):
-        chunk = texts[first : first + 1000]
+    for begin in progress(range(0, len(texts), 1000), "tokenise"):
+        chunk = texts[begin : begin + 1000]
         prompts = encode([prompt for prompt, _ in chunk])["input_ids"]
-        encoded = iter(encode([text for _, texts in chunk for text in texts])["input_ids"])
+        encoded = iter(
+            encode([text for _, completions in chunk for text in completions])["input_ids"]
+        )
         for (_, completions), prompt in zip(chunk, prompts):
             completions = [next(encoded) + eos for _ in completions]
             longest = max(len(ids) for ids in completions)
             keep = max(config.max_prompt_length, config.max_length - longest) - len(bos)
-            cut = (
-                slice(-keep or len(prompt), None)
-                if config.truncate_prompt == "start"
-                else slice(keep)
-            )
+            first = max(0, len(prompt) - keep) if config.truncate_prompt == "start" else 0
             # Something must come before a completion's first token to predict it from.
-            prompt = np.array(bos + prompt[cut] or eos, dtype=np.int32)
+            prompt = np.array(bos + prompt[first : first + keep] or eos, dtype=np.int32)
             room = config.max_length - len(prompt)
             ids = [np.array(ids[:room], dtype=np.int32) for ids in completions]
             examples.append({"prompt_ids": prompt, "completions_ids": ids})
@@ -330,8 +329,10 @@ def _head_logps(model, hidden: Tensor, targets: Tensor) -> Tensor:
     """Hidden states (n, H) and targets (n,) to log-probabilities (n,), by the model's own head."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)  # (n, V)
-    logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
-    logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scale
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
         logits = cap * torch.tanh(logits / cap)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -382,7 +383,7 @@ def completion_tokens(examples: Sequence[dict]) -> int:
     return sum(len(ids) for example in examples for ids in example["completions_ids"])
 
 
-def row_tokens(example: dict, shared: bool = True) -> int:
+def example_tokens(example: dict, shared: bool = True) -> int:
     """The tokens that an example takes in a batch; apart, of rows as long as its longest."""
     prompt, lengths = len(example["prompt_ids"]), [len(ids) for ids in example["completions_ids"]]
     return prompt + sum(lengths) if shared else len(lengths) * (prompt + max(lengths))
@@ -487,13 +488,13 @@ class Run:
     def start(self, train_set: list[dict], test_set: list[dict], steps: int) -> bool:
         """Check what is left to check, join the processes, claim the folder. False: finished."""
         config, everything, self.steps = self.config, train_set + test_set, steps
-        largest = max(row_tokens(example) for example in everything)
+        largest = max(example_tokens(example) for example in everything)
         if largest > config.micro_batch_tokens:
             raise UserError(
                 f"--micro_batch_tokens {config.micro_batch_tokens}: the largest example needs "
                 f"{largest}; give at least that, or a smaller --max_length"
             )
-        longest = max(row_tokens(e, False) // len(e["completions_ids"]) for e in everything)
+        longest = max(example_tokens(e, False) // len(e["completions_ids"]) for e in everything)
         places = AutoConfig.from_pretrained(self.model_path).get_text_config()
         places = getattr(places, "max_position_embeddings", longest)
         if longest > places:
@@ -509,7 +510,7 @@ class Run:
             "script": Path(inspect.getfile(type(config))).name,
             "settings": dataclasses.asdict(config),
             "steps": steps,
-            "data": examples_sha256(everything, len(train_set), labels),
+            "data_sha256": examples_sha256(everything, len(train_set), labels),
             "versions": {m.__name__: m.__version__ for m in (torch, transformers, np)},
         }
         path = self.folder / "run.json"
@@ -524,7 +525,7 @@ class Run:
             opened = (file.open("rb") for file in sorted(self.model_path.glob("*.safetensors")))
             weights = [[hashlib.file_digest(file, "sha256").hexdigest() for file in opened]]
         dist.broadcast_object_list(weights)
-        self.record["model"] = weights[0]
+        self.record["model_sha256"] = weights[0]
         self._refuse_changes(before)
         self.write_record()
         return True
@@ -539,7 +540,8 @@ class Run:
         def fixed(record: dict) -> dict:
             settings = record.get("settings", {}).items()
             kept = {f"--{name}": value for name, value in settings if name not in MAY_CHANGE}
-            return kept | {k: record[k] for k in ("script", "data", "model") if k in record}
+            named = ("script", "data_sha256", "model_sha256")
+            return kept | {name: record[name] for name in named if name in record}
 
         now, then = fixed(self.record), fixed(before)
         changed = [name for name in now if name in then and now[name] != then[name]]
@@ -643,14 +645,16 @@ class Run:
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Append a step's figures to metrics.jsonl, and show them."""
         figures = {name: value for name, value in figures.items() if not math.isnan(value)}
-        if self.rank == 0:
+        if self.rank == 0 and figures:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
             held_out = [f"{k[5:]} {v:.4g}" for k, v in figures.items() if k.startswith("eval_")]
             if held_out:
                 self._say(f"held out, after step {step}: {', '.join(held_out)}")
-            shown = ("loss", "reward_margin", "kl", "tokens_per_second")
-            self.bar.set_postfix({k: f"{figures[k]:.4g}" for k in shown if k in figures})
+            shown = ("loss", "reward_margin", "logp_margin", "log_ratio_margin", "kl")
+            shown += ("tokens_per_second",)
+            shown = {k: f"{figures[k]:.4g}" for k in shown if k in figures}
+            self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
 
 
@@ -712,7 +716,7 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
     Where shared prompts are wrong for the architecture, completions get rows of their own. Raises
     UserError where the output head is not what `_head_logps` takes it for.
     """
-    longest = [max(examples, key=lambda e: row_tokens(e, False) / len(e["completions_ids"]))]
+    longest = [max(examples, key=lambda e: example_tokens(e, False) / len(e["completions_ids"]))]
     apart = make_batch(longest, run.device, shared=False)
     plain = policy(apart, plain=True)
     limit = 3e-2 if run.bfloat16 else 1e-4  # mean over tokens, nats; a wrong mask costs over 0.5
@@ -732,7 +736,7 @@ def add_reference_logps(policy: Policy, examples: list[dict], run: Run) -> None:
     The reference is the policy before training and never changes, so this is a column, computed
     once and kept in `reference/` beside the run, for every run with the same weights and tokens.
     """
-    key = examples_sha256(examples, run.record["model"], str(run.dtype), run.bfloat16)
+    key = examples_sha256(examples, run.record["model_sha256"], str(run.dtype), run.bfloat16)
     path = run.folder.parent / "reference" / f"{key[:32]}.safetensors"
     counts = [completion_tokens([example]) for example in examples]
     starts = np.cumsum([0, *counts])
@@ -760,7 +764,7 @@ def add_reference_logps(policy: Policy, examples: list[dict], run: Run) -> None:
 
 def micro_batches(examples: Sequence[dict], run: Run) -> list[Batch]:
     """This process's share of a global batch, in pieces of at most --micro_batch_tokens."""
-    sizes = [row_tokens(example, run.shared) for example in examples]
+    sizes = [example_tokens(example, run.shared) for example in examples]
     share = plan(sizes, run.config.micro_batch_tokens, run.world_size)[run.rank]
     pad_id = run.tokenizer.eos_token_id
     return [

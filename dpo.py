@@ -32,7 +32,7 @@ FORMS = ("preference",)  # the kinds of row that hold what this loss needs
 
 @dataclass
 class Config:
-    """Every setting; the comments are what --help prints. HALOs: the authors' code of 2023-12."""
+    """Every setting; the comments are what --help prints. (HALOs): as in the authors' code."""
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
     data: str = "archangel"  # archangel (HH, SHP, OASST), toy, a .jsonl or a folder of train, test
@@ -46,13 +46,13 @@ class Config:
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled to at most this norm (HALOs)
     max_length: int = 2048  # most tokens of a prompt and a completion together (HALOs)
-    max_prompt_length: int = 1024  # tokens left to the prompt where both are too long (HALOs)
+    max_prompt_length: int = 1024  # a prompt is cut no shorter than this, in tokens (HALOs)
     truncate_prompt: Literal["start", "end"] = "start"  # which side of a too long prompt goes
-    seed: int = 1  # of the data's order (HALOs)
+    seed: int = 1  # of the order of the data (HALOs)
     eval_every: int = 0  # steps between held-out figures; 0: at start and end only
     save_every: int = 500  # steps between checkpoints, with one at the end; 0: none
     resume: bool = False  # go on from the last checkpoint in --out
-    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # compute; auto: as the GPU
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on GPUs
     activation_checkpointing: bool = False  # recompute each block in backward: slower, less memory
     # DPO's own
     beta: float = 0.1  # a reward is beta times the log-ratio (HALOs)
@@ -156,7 +156,7 @@ def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, 
 
 @torch.no_grad()
 def evaluate(policy, examples: list[dict], config: Config, run: common.Run) -> dict[str, float]:
-    """The same figures on held-out examples, in batches as large as those trained on."""
+    """The same figures on held-out examples, a batch of consecutive ones at a time."""
     parts = []
     for first in range(0, len(examples), config.batch_size):
         batch = examples[first : first + config.batch_size]

@@ -7,14 +7,17 @@ A person judges one reply at a time, as desirable or not, against what they expe
                sigmoid(beta * (kl - r(x, y)))    if y is undesirable
     loss     = weight * (1 - utility), its mean over the global batch
 
-`kl`, the reference point, estimates KL(pi || pi_ref): how much better than pi_ref's the policy's
-replies are anyway. Each class is measured against the mean of r over the other class.
+`kl`, the reference point, estimates KL(pi || pi_ref): what a reply of the policy is worth anyway.
+By --kl other_half (the report's) each class is measured against the mean of r over the other class;
+mismatched (the later paper's) measures all against the mean of r over replies to other prompts;
+zero does without. A negative mean counts as 0.
 
 Deviations from the report:
  1. The report prints the utility to be maximised; the loss is one minus it, to be minimised.
  2. The reference point is clamped at 0: a KL divergence is never negative, its estimate can be.
- 3. The reference point is detached: it is what a reply is measured against. With a gradient, a loss
-    could also be lowered by moving the yardstick, which is the other class's replies.
+ 3. The reference point is detached. With a gradient, desirable replies would also push the log-
+    probabilities of the undesirable down, and those the others' up: a contrast of two halves, not
+    each reply against a fixed expectation.
  4. The two class weights and `--kl mismatched` are the later paper's (arXiv 2402.01306), which
     pairs neighbours of a minibatch; here partners are drawn once for the whole data set.
  5. The reference point is taken over the global batch: all processes, all micro-batches.
@@ -39,7 +42,7 @@ FORMS = ("preference", "unpaired")  # the kinds of row that hold what this loss 
 
 @dataclass
 class Config:
-    """Every setting; the comments are what --help prints. HALOs: the authors' code of 2023-12."""
+    """Every setting; the comments are what --help prints. (HALOs): as in the authors' code."""
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
     data: str = "archangel"  # archangel (HH, SHP, OASST), toy, a .jsonl or a folder of train, test
@@ -53,19 +56,19 @@ class Config:
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled to at most this norm (HALOs)
     max_length: int = 2048  # most tokens of a prompt and a completion together (HALOs)
-    max_prompt_length: int = 1024  # tokens left to the prompt where both are too long (HALOs)
+    max_prompt_length: int = 1024  # a prompt is cut no shorter than this, in tokens (HALOs)
     truncate_prompt: Literal["start", "end"] = "start"  # which side of a too long prompt goes
-    seed: int = 1  # of the data's order (HALOs)
+    seed: int = 1  # of the order of the data (HALOs)
     eval_every: int = 0  # steps between held-out figures; 0: at start and end only
     save_every: int = 500  # steps between checkpoints, with one at the end; 0: none
     resume: bool = False  # go on from the last checkpoint in --out
-    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # compute; auto: as the GPU
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on GPUs
     activation_checkpointing: bool = False  # recompute each block in backward: slower, less memory
     # KTO's own
     beta: float = 0.1  # a reward is beta times the log-ratio (HALOs)
     desirable_weight: float = 1.0  # of the desirable examples' losses
     undesirable_weight: float = 1.0  # of the undesirable examples' losses
-    kl: Literal["other_half", "mismatched", "zero"] = "other_half"  # the reference point
+    kl: Literal["other_half", "mismatched", "zero"] = "other_half"  # the reference point, as above
 
     def __post_init__(self):
         common.check_settings(self, above_zero=("beta", "desirable_weight", "undesirable_weight"))
@@ -282,7 +285,7 @@ def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, 
 
 @torch.no_grad()
 def evaluate(policy, examples: list[dict], config: Config, run: common.Run) -> dict[str, float]:
-    """The same figures on held-out examples, in batches as large as those trained on."""
+    """The same figures on held-out examples, a batch of consecutive ones at a time."""
     parts = []
     for first in range(0, len(examples), config.batch_size):
         batch = examples[first : first + config.batch_size]

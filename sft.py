@@ -9,7 +9,7 @@ It makes the pi_ref that the other losses start from. Learned from are the chose
 (or their `target`, where a row names a better one), the desirable ones of labelled rows, and the
 completions of rows that have nothing else.
 
-Deviations from the report: none; it prints no equation for this loss.
+The report prints no equation for this loss, and does not say which replies it is trained on.
 
     python sft.py --model toy --data toy --lr 3e-4 --warmup_steps 10 --out runs/sft
     torchrun --nproc_per_node=8 sft.py --model pythia-1.4b
@@ -30,7 +30,7 @@ FORMS = ("preference", "unpaired", "supervised")  # the kinds of row that hold w
 
 @dataclass
 class Config:
-    """Every setting; the comments are what --help prints. HALOs: the authors' code of 2023-12."""
+    """Every setting; the comments are what --help prints. (HALOs): as in the authors' code."""
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
     data: str = "archangel"  # archangel (HH, SHP, OASST), toy, a .jsonl or a folder of train, test
@@ -44,13 +44,13 @@ class Config:
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled to at most this norm (HALOs)
     max_length: int = 2048  # most tokens of a prompt and a completion together (HALOs)
-    max_prompt_length: int = 1024  # tokens left to the prompt where both are too long (HALOs)
+    max_prompt_length: int = 1024  # a prompt is cut no shorter than this, in tokens (HALOs)
     truncate_prompt: Literal["start", "end"] = "start"  # which side of a too long prompt goes
-    seed: int = 1  # of the data's order (HALOs)
+    seed: int = 1  # of the order of the data (HALOs)
     eval_every: int = 0  # steps between held-out figures; 0: at start and end only
     save_every: int = 500  # steps between checkpoints, with one at the end; 0: none
     resume: bool = False  # go on from the last checkpoint in --out
-    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # compute; auto: as the GPU
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on GPUs
     activation_checkpointing: bool = False  # recompute each block in backward: slower, less memory
 
     def __post_init__(self):
@@ -108,7 +108,8 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
 def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Run) -> Iterator:
     """Yield, for each micro-batch of this process, (loss, indices (b,), {figure: (b,)}).
 
-    batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.
+    batch: the global batch. Summed over micro-batches and processes, loss is its mean over
+    completion tokens.
     """
     tokens = common.completion_tokens(batch)
     for micro in common.micro_batches(batch, run):
@@ -126,7 +127,7 @@ def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, 
 
 @torch.no_grad()
 def evaluate(policy, examples: list[dict], config: Config, run: common.Run) -> dict[str, float]:
-    """The same figures on held-out examples, in batches as large as those trained on."""
+    """The same figures on held-out examples, a batch of consecutive ones at a time."""
     parts = []
     for first in range(0, len(examples), config.batch_size):
         batch = examples[first : first + config.batch_size]

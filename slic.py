@@ -11,8 +11,8 @@ and its mean over the global batch. There is no reference model.
 Deviations from the report:
  1. The report's second term is over samples of pi_ref, which it takes to be the SFT data. Here
     y_target is a row's `target` where it has one, else the chosen reply.
- 2. The report prints a "preference model" for SLiC that can exceed no bound and drops a logarithm;
-    it is a utility, given here as `slic_value` in the form of section 4.
+ 2. The report prints a "preference model" for SLiC that is never above 0, so it is no probability,
+    and drops a logarithm in it. It is a utility: `slic_value`, in the form of section 4.
 
     python slic.py --model toy --data toy --lr 3e-5 --warmup_steps 10 --out runs/slic
     torchrun --nproc_per_node=8 slic.py --model pythia-1.4b
@@ -33,7 +33,7 @@ FORMS = ("preference",)  # the kinds of row that hold what this loss needs
 
 @dataclass
 class Config:
-    """Every setting; the comments are what --help prints. HALOs: the authors' code of 2023-12."""
+    """Every setting; the comments are what --help prints. (HALOs): as in the authors' code."""
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
     data: str = "archangel"  # archangel (HH, SHP, OASST), toy, a .jsonl or a folder of train, test
@@ -47,13 +47,13 @@ class Config:
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled to at most this norm (HALOs)
     max_length: int = 2048  # most tokens of a prompt and a completion together (HALOs)
-    max_prompt_length: int = 1024  # tokens left to the prompt where both are too long (HALOs)
+    max_prompt_length: int = 1024  # a prompt is cut no shorter than this, in tokens (HALOs)
     truncate_prompt: Literal["start", "end"] = "start"  # which side of a too long prompt goes
-    seed: int = 1  # of the data's order (HALOs)
+    seed: int = 1  # of the order of the data (HALOs)
     eval_every: int = 0  # steps between held-out figures; 0: at start and end only
     save_every: int = 500  # steps between checkpoints, with one at the end; 0: none
     resume: bool = False  # go on from the last checkpoint in --out
-    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # compute; auto: as the GPU
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on GPUs
     activation_checkpointing: bool = False  # recompute each block in backward: slower, less memory
     # SLiC's own
     beta: float = 1.0  # the margin, nats (HALOs)
@@ -145,7 +145,7 @@ def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Ru
         figures = {
             "loss": losses,
             "logp_margin": margin,
-            "reward_accuracy": (margin > 0).to(margin),
+            "logp_accuracy": (margin > 0).to(margin),
             "clear_of_margin": (margin > config.beta).to(margin),
         }
         yield losses.sum() / len(batch), micro.indices, figures
@@ -161,7 +161,7 @@ def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, 
 
 @torch.no_grad()
 def evaluate(policy, examples: list[dict], config: Config, run: common.Run) -> dict[str, float]:
-    """The same figures on held-out examples, in batches as large as those trained on."""
+    """The same figures on held-out examples, a batch of consecutive ones at a time."""
     parts = []
     for first in range(0, len(examples), config.batch_size):
         batch = examples[first : first + config.batch_size]
