@@ -4,8 +4,9 @@ What is counted is `win`, one number a prompt: 1 where the judge takes the reply
 the chosen one, 0.5 for a tie, 0 where it takes it for worse. The tests are scipy's.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -73,15 +74,12 @@ def paired(
     scores_a, scores_b = _same_length(scores_a, scores_b)
     only_a = int(((wins_a == 1) & (wins_b != 1)).sum())
     only_b = int(((wins_b == 1) & (wins_a != 1)).sum())
-    differ = (scores_a != scores_b).any()
-    return {
-        "wilcoxon_p": float(stats.wilcoxon(scores_a, scores_b).pvalue) if differ else 1.0,
-        "only_a": only_a,
-        "only_b": only_b,
-        "mcnemar_p": float(stats.binomtest(only_a, only_a + only_b).pvalue)
-        if only_a + only_b
-        else 1.0,
-    }
+    found = {"wilcoxon_p": 1.0, "mcnemar_p": 1.0, "only_a": only_a, "only_b": only_b}
+    if (scores_a != scores_b).any():
+        found["wilcoxon_p"] = float(stats.wilcoxon(scores_a, scores_b).pvalue)
+    if only_a + only_b:
+        found["mcnemar_p"] = float(stats.binomtest(only_a, only_a + only_b).pvalue)
+    return found
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
@@ -114,13 +112,8 @@ def equivalent(a: ArrayLike, b: ArrayLike, margin: float = MARGIN) -> dict[str, 
         return {"difference": mean, "sd": math.nan, "low": -math.inf, "high": math.inf, "p": 1.0}
     sd = float(differences.std(ddof=1))
     if sd == 0:  # every prompt says the same, for instance of a model and itself
-        return {
-            "difference": mean,
-            "sd": sd,
-            "low": mean,
-            "high": mean,
-            "p": float(abs(mean) >= margin),
-        }
+        p = float(abs(mean) >= margin)
+        return {"difference": mean, "sd": sd, "low": mean, "high": mean, "p": p}
     above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
     below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
     low, high = stats.t.interval(0.9, n - 1, mean, sd / math.sqrt(n))
@@ -134,7 +127,7 @@ def prompts_needed(
     """How many prompts `equivalent` needs to find p < level with a chance of `power`.
 
     n = ((z(1 - level) + z((1 + power) / 2)) sd / margin)^2, z the normal quantile, for two
-    methods that do not differ at all (Julious, 2004, Statistics in Medicine 23, section 5); ones
+    methods that do not differ at all (Julious, 2004, Statistics in Medicine 23); ones
     that do differ a little need more. sd: of the paired differences. Raises ValueError for a
     setting out of range.
     """
@@ -142,6 +135,64 @@ def prompts_needed(
         raise ValueError(f"sd {sd}, margin {margin}, power {power}, level {level}: out of range")
     quantiles = stats.norm.ppf(1 - level) + stats.norm.ppf((1 + power) / 2)
     return max(2, math.ceil((quantiles * sd / margin) ** 2))
+
+
+def summarise(wins: Sequence[float]) -> dict:
+    """What a table says of one method: `wins` (1, 0.5 or 0) on n prompts, n at least 1.
+
+    Prompts, wins, ties and losses; the win rate minus one half with its 75% and 95% intervals and
+    its bootstrap standard error.
+    """
+    n = len(wins)
+    intervals = {
+        f"interval_{level}": [end - 0.5 for end in binomial_interval(sum(wins), n, level / 100)]
+        for level in (75, 95)
+    }
+    return {
+        "n": n,
+        "wins": sum(win == 1 for win in wins),
+        "ties": sum(win == 0.5 for win in wins),
+        "losses": sum(win == 0 for win in wins),
+        "win_rate_minus_half": sum(wins) / n - 0.5,
+        **intervals,
+        "bootstrap_se": bootstrap_se(wins),
+    }
+
+
+def compare(methods: dict[str, dict[Hashable, tuple[float, float]]]) -> list[dict]:
+    """Every two methods (name to prompt to (win, score)) on the prompts that both have.
+
+    For each pair, `a` and `b`: what `paired` and `equivalent` find (`par_p`, `interval_90`), each
+    p-value also corrected over the pairs (`..._p_holm`), and `prompts_needed` to show, so
+    corrected, that two methods are on a par whose paired differences vary as much as these do.
+    Pairs with fewer than two prompts in common are left out.
+    """
+    pairs = []
+    for a, b in itertools.combinations(methods, 2):
+        shared = [prompt for prompt in methods[a] if prompt in methods[b]]
+        if len(shared) < 2:
+            continue
+        wins_a, scores_a = zip(*(methods[a][prompt] for prompt in shared))
+        wins_b, scores_b = zip(*(methods[b][prompt] for prompt in shared))
+        par = equivalent(wins_a, wins_b)
+        pairs.append(
+            {
+                "a": a,
+                "b": b,
+                "n": len(shared),
+                "difference": par["difference"],
+                "interval_90": [par["low"], par["high"]],
+                "sd": par["sd"],
+                "par_p": par["p"],
+                **paired(wins_a, wins_b, scores_a, scores_b),
+            }
+        )
+    for key in ("wilcoxon_p", "mcnemar_p", "par_p"):
+        for pair, p in zip(pairs, holm([pair[key] for pair in pairs])):
+            pair[f"{key}_holm"] = p
+    for pair in pairs:  # the smallest p-value of m is corrected by m: enough for any of them
+        pair["prompts_needed"] = prompts_needed(pair["sd"], level=0.05 / len(pairs))
+    return pairs
 
 
 def _same_length(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

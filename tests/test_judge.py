@@ -198,17 +198,12 @@ def test_tables_of_two_files(tmp_path, capsys):
     assert "+0.312" in shown and "not shown" in shown and "x - y" in shown
 
 
-def test_three_files_are_corrected_and_only_shared_prompts_compared(tmp_path):
+def test_only_files_on_the_same_prompts_are_compared(tmp_path):
     paths = [replies(tmp_path / f"{i}.jsonl", [0, i, i] * 4) for i in range(3)]
     other = replies(tmp_path / "other.jsonl", [1] * 5, prefix="another")
     found = run(tmp_path / "out", *paths, other, judge="shorter")
-    assert [(pair["a"], pair["b"]) for pair in found["pairs"]] == [
-        ("0", "1"),
-        ("0", "2"),
-        ("1", "2"),
-    ]
-    for pair in found["pairs"]:
-        assert pair["mcnemar_p_holm"] >= pair["mcnemar_p"]
+    assert [pair["a"] + pair["b"] for pair in found["pairs"]] == ["01", "02", "12"]
+    assert {pair["n"] for pair in found["pairs"]} == {12}
 
 
 # ---------------------------------------------------------------- verdicts
@@ -414,6 +409,19 @@ def test_what_was_asked_is_not_asked_again(tmp_path, serve):
     assert len(server.asked) == 9
     run(tmp_path / "out", path, server=server, model="another-judge")
     assert len(server.asked) == 15
+
+
+def test_an_answer_is_in_the_log_before_the_next_question(tmp_path, serve):
+    log = tmp_path / "out" / "answers.jsonl"
+    lines = []
+
+    def reply(messages, before):
+        lines.append(len(log.read_text().splitlines()))
+        return fair(messages)
+
+    path = replies(tmp_path / "kto.jsonl", [3, 2])
+    run(tmp_path / "out", path, server=serve(reply), concurrency=1)
+    assert lines == [0, 1, 2, 3]
 
 
 def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, serve, capsys):

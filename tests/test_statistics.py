@@ -159,3 +159,26 @@ def test_prompts_needed_gives_that_power():
     for bad in ({"margin": 0}, {"power": 1}, {"level": 0}, {"sd": math.nan}):
         with pytest.raises(ValueError):
             statistics.prompts_needed(**{"sd": 0.5, **bad})
+
+
+def test_compare_corrects_over_the_pairs():
+    rng = np.random.default_rng(0)
+    wins = {name: rng.choice([0, 0.5, 1], 40) for name in "abc"}
+    wins["b"][:25] = 1
+    methods = {name: {i: (win, 2 * win) for i, win in enumerate(wins[name])} for name in "abc"}
+    methods["c"] = {i: methods["c"][i] for i in range(30)}  # the others have ten prompts more
+    methods["alone"] = {"elsewhere": (1, 1)}
+    pairs = statistics.compare(methods)
+    assert [(pair["a"] + pair["b"], pair["n"]) for pair in pairs] == [
+        ("ab", 40),
+        ("ac", 30),
+        ("bc", 30),
+    ]
+    for key in ("wilcoxon_p", "mcnemar_p", "par_p"):
+        pvalues = [pair[key] for pair in pairs]
+        assert [pair[f"{key}_holm"] for pair in pairs] == statistics.holm(pvalues)
+        assert pvalues != statistics.holm(pvalues)
+    alone = statistics.paired(wins["a"][:30], wins["c"][:30])
+    assert pairs[1]["wilcoxon_p"] == alone["wilcoxon_p"]
+    needed = [statistics.prompts_needed(pair["sd"], level=0.05 / 3) for pair in pairs]
+    assert [pair["prompts_needed"] for pair in pairs] == needed
