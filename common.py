@@ -37,6 +37,7 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
 import transformers
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -124,8 +125,8 @@ def exit_status():
     """Exit with 2 and one line for what the user must mend, with 75 when interrupted and saved."""
     try:
         yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:  # an OSError names its file: no space, no permission
+        tqdm.write(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (Interrupted, KeyboardInterrupt) as error:
         why = str(error) or "before the first step; --resume starts it again"
@@ -389,6 +390,11 @@ def example_tokens(example: dict, shared: bool = True) -> int:
     return prompt + sum(lengths) if shared else len(lengths) * (prompt + max(lengths))
 
 
+def longest_sequence(example: dict) -> int:
+    """Tokens of the prompt and the longest completion."""
+    return len(example["prompt_ids"]) + max(len(ids) for ids in example["completions_ids"])
+
+
 def plan(sizes: Sequence[int], limit: int, processes: int) -> list[list[list[int]]]:
     """For each process its micro-batches, lists of example numbers: as many for every process.
 
@@ -419,8 +425,11 @@ def find_model(name: str) -> Path:
     path = TOY / "model" if name == "toy" else Path(name)
     if not path.is_dir():
         try:  # safetensors, settings and tokenizer: no pickled weights, no code
-            patterns = ["*.safetensors", "*.json", "tokenizer.model"]
-            path = Path(snapshot_download(MODELS.get(name, name), allow_patterns=patterns))
+            files = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+            name_there = MODELS.get(name, name)
+            path = Path(
+                snapshot_download(name_there, allow_patterns=files, ignore_patterns=["*/*"])
+            )
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--model {name}: is no folder here, and the hub does not give it "
@@ -441,12 +450,14 @@ def load_tokenizer(path: Path):
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model {path}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # whatever the library finds wrong with these files
+        raise UserError(f"--model {path}: {' '.join(str(error).split())}") from None
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"--model {path}: {config.model_type} is not a causal language model")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {path}: the tokenizer has no end-of-sequence token (eos_token)")
+    if len(tokenizer) > config.get_text_config().vocab_size:
+        raise UserError(f"--model {path}: the tokenizer has more tokens than the model")
     return tokenizer
 
 
@@ -480,7 +491,10 @@ class Run:
         self.dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights
         self.config, self.folder = config, Path(config.out)
         self.shared, self.stop = True, False  # prompts shared; a signal came
-        if self.folder.is_file() or (not config.resume and any(self.folder.glob("*"))):
+        there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise UserError(f"--out {self.folder}: cannot be written, because of {there}")
+        if not config.resume and any(self.folder.glob("*")):
             raise UserError(f"--out {self.folder}: is not empty; --resume, or choose another")
         self.model_path = find_model(config.model)
         self.tokenizer = load_tokenizer(self.model_path)
@@ -488,13 +502,14 @@ class Run:
     def start(self, train_set: list[dict], test_set: list[dict], steps: int) -> bool:
         """Check what is left to check, join the processes, claim the folder. False: finished."""
         config, everything, self.steps = self.config, train_set + test_set, steps
-        largest = max(example_tokens(example) for example in everything)
+        partners = [example["partner"] for example in everything if "partner" in example]
+        largest = max(example_tokens(example) for example in everything + partners)
         if largest > config.micro_batch_tokens:
             raise UserError(
                 f"--micro_batch_tokens {config.micro_batch_tokens}: the largest example needs "
                 f"{largest}; give at least that, or a smaller --max_length"
             )
-        longest = max(example_tokens(e, False) // len(e["completions_ids"]) for e in everything)
+        longest = max(longest_sequence(example) for example in everything + partners)
         places = AutoConfig.from_pretrained(self.model_path).get_text_config()
         places = getattr(places, "max_position_embeddings", longest)
         if longest > places:
@@ -514,7 +529,11 @@ class Run:
             "versions": {m.__name__: m.__version__ for m in (torch, transformers, np)},
         }
         path = self.folder / "run.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            before = json.loads(path.read_text()) if path.exists() else {"settings": {}}
+            before["settings"].items()
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"--resume {path}: is damaged; choose another --out") from None
         self._refuse_changes(before)
         if before.get("finished") and before["steps"] >= steps:
             self._say(f"{self.folder}: finished already, after {before['steps']} steps")
@@ -522,12 +541,15 @@ class Run:
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         weights = [None]
         if self.rank == 0:
-            opened = (file.open("rb") for file in sorted(self.model_path.glob("*.safetensors")))
+            files = [
+                *sorted(self.model_path.glob("*.safetensors")),
+                self.model_path / "config.json",
+            ]
+            opened = (file.open("rb") for file in files)
             weights = [[hashlib.file_digest(file, "sha256").hexdigest() for file in opened]]
         dist.broadcast_object_list(weights)
         self.record["model_sha256"] = weights[0]
         self._refuse_changes(before)
-        self.write_record()
         return True
 
     def _say(self, text: str) -> None:
@@ -538,7 +560,7 @@ class Run:
         """Raise UserError, by name, where the folder's run was of other settings, data or model."""
 
         def fixed(record: dict) -> dict:
-            settings = record.get("settings", {}).items()
+            settings = record["settings"].items()
             kept = {f"--{name}": value for name, value in settings if name not in MAY_CHANGE}
             named = ("script", "data_sha256", "model_sha256")
             return kept | {name: record[name] for name in named if name in record}
@@ -562,6 +584,14 @@ class Run:
         """Write run.json: every setting, version and fingerprint."""
         self.write("run.json", json.dumps(self.record, indent=2) + "\n")
 
+    def _check_weights(self, policy: Policy) -> None:
+        for parameter in policy.parameters():
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if not local.isfinite().all():
+                raise FloatingPointError(
+                    "a weight is not finite; nothing was saved after that step"
+                )
+
     def _checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoints/step_" + "[0-9]" * 8))
 
@@ -570,6 +600,7 @@ class Run:
 
         It holds no random state: all that is random here depends on the seed and the step alone.
         """
+        self._check_weights(policy)
         final = self.folder / f"checkpoints/step_{step:08d}"
         partial = final.with_name(final.name + ".partial")
         if self.rank == 0:  # what a killed run left half-written
@@ -585,12 +616,25 @@ class Run:
         dist.barrier()
 
     def resume(self, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-        """Load the last whole checkpoint, where there is one. Returns the steps done, or 0."""
+        """Claim the folder and load its last whole checkpoint. Returns the steps done, or 0."""
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock = FileLock(self.folder / "run.lock")
+                self.lock.acquire(timeout=0)  # until this process ends, however it ends
+            except Timeout:
+                raise UserError(f"--out {self.folder}: another run is writing there") from None
         saved = self._checkpoints()
         done = int(saved[-1].name.removeprefix("step_")) if saved else 0
+        if done > self.steps:
+            raise UserError(f"--max_steps {self.steps}: {self.folder} has {done} steps already")
         if saved:
             model, optim = dcp_state.get_state_dict(policy, optimizer)
-            dcp.load({"model": model, "optimizer": optim}, checkpoint_id=saved[-1])
+            try:
+                dcp.load({"model": model, "optimizer": optim}, checkpoint_id=saved[-1])
+            except (Exception, dcp.api.CheckpointException) as error:  # a BaseException
+                reason = str(error).strip().splitlines()[-1]
+                raise UserError(f"--resume {saved[-1]}: cannot be read, {reason}") from None
             dcp_state.set_state_dict(
                 policy, optimizer, model_state_dict=model, optim_state_dict=optim
             )
@@ -620,17 +664,23 @@ class Run:
         """Write model, tokenizer and generation settings, for `from_pretrained(folder)`."""
         options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = dcp_state.get_model_state_dict(policy, options=options)
+        self._check_weights(policy)
         if self.rank == 0:
             partial = self.folder / "model.partial"
             state = {k.removeprefix("lm."): v for k, v in state.items() if k.startswith("lm.")}
+            for tied in getattr(policy.lm, "all_tied_weights_keys", {}):
+                state.pop(tied, None)  # written once, under the other name
             policy.lm.save_pretrained(partial, state_dict=state)
             self.tokenizer.save_pretrained(partial)
             for file in partial.iterdir():
+                if (self.folder / file.name).is_dir():
+                    shutil.rmtree(self.folder / file.name)
                 file.rename(self.folder / file.name)
             partial.rmdir()
             self.record["finished"] = True
             self.write_record()
             self.bar.close()
+            self.lock.release()
             self._say(f"the model is in {self.folder}")
         dist.barrier()
 
@@ -644,10 +694,11 @@ class Run:
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Append a step's figures to metrics.jsonl, and show them."""
-        figures = {name: value for name, value in figures.items() if not math.isnan(value)}
+        figures = {k: v if math.isfinite(v) else None for k, v in figures.items()}  # as JSON can
         if self.rank == 0 and figures:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
+            figures = {k: v for k, v in figures.items() if v is not None}
             held_out = [f"{k[5:]} {v:.4g}" for k, v in figures.items() if k.startswith("eval_")]
             if held_out:
                 self._say(f"held out, after step {step}: {', '.join(held_out)}")
@@ -669,7 +720,10 @@ def load_policy(run: Run, value_head: bool = False) -> Policy:
     transformers.utils.logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(run.model_path)
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    how = {"dtype": run.dtype, "attn_implementation": "eager" if capped else "sdpa"}  # sdpa cannot
+    how = {
+        "dtype": run.dtype,
+        "attn_implementation": "eager" if capped else None,
+    }  # sdpa cannot cap
 
     def build(lm):
         width, head = lm.get_output_embeddings().weight.shape[1], None
@@ -681,11 +735,17 @@ def load_policy(run: Run, value_head: bool = False) -> Policy:
 
     source = None
     if run.rank == 0:
-        lm = AutoModelForCausalLM.from_pretrained(run.model_path, use_safetensors=True, **how)
+        arguments = {"use_safetensors": True, "output_loading_info": True, **how}
+        lm, info = AutoModelForCausalLM.from_pretrained(run.model_path, **arguments)
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise UserError(f"--model {run.model_path}: its weights lack {missing}")
         policy = source = build(lm)
     if run.world_size > 1:
         with torch.device("meta"):
             policy = build(AutoModelForCausalLM.from_config(config, **how))
+        if source:
+            policy.lm.generation_config = source.lm.generation_config
     blocks = [
         m for m in policy.modules() if type(m).__name__ in (policy.lm._no_split_modules or ())
     ]
@@ -716,14 +776,21 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
     Where shared prompts are wrong for the architecture, completions get rows of their own. Raises
     UserError where the output head is not what `_head_logps` takes it for.
     """
-    longest = [max(examples, key=lambda e: example_tokens(e, False) / len(e["completions_ids"]))]
+    longest = [max(examples, key=longest_sequence)]
     apart = make_batch(longest, run.device, shared=False)
-    plain = policy(apart, plain=True)
-    limit = 3e-2 if run.bfloat16 else 1e-4  # mean over tokens, nats; a wrong mask costs over 0.5
-    if not (policy(apart) - plain).abs().mean() < limit:
-        raise UserError(f"--model {run.model_path}: scales its logits in a way not known here")
+    plain, ours = policy(apart, plain=True), policy(apart)
+    error = (ours - plain).abs().mean()  # nats a token
+    if not error < (3e-2 if run.bfloat16 else 1e-4):
+        raise UserError(
+            f"--model {run.model_path}: its log-probabilities differ by {error:.2g} nats a token "
+            "from its own forward pass: a scaling of its logits that is not known here"
+        )
     try:
-        run.shared = bool((policy(make_batch(longest, run.device)) - plain).abs().mean() < limit)
+        # The first tokens of a completion show what it wrongly sees of its sibling, or not of its
+        # prompt; over all tokens of a long one that would drown.
+        shared = policy(make_batch(longest, run.device))
+        error = apart.pad((shared - plain).abs())[:, :4].sum(1) / apart.mask[:, :4].sum(1)  # (C,)
+        run.shared = bool(error.max() < (0.2 if run.bfloat16 else 1e-3))
     except (RuntimeError, TypeError, ValueError):  # takes no such mask, or no positions
         run.shared = False
     run.record["shared_prompts"] = run.shared
@@ -741,10 +808,13 @@ def add_reference_logps(policy: Policy, examples: list[dict], run: Run) -> None:
     counts = [completion_tokens([example]) for example in examples]
     starts = np.cumsum([0, *counts])
     column = torch.zeros(int(starts[-1]), dtype=run.dtype)
-    found = torch.tensor(int(path.exists()))
+    found = torch.tensor(0)
+    if run.rank == 0 and path.exists():
+        with contextlib.suppress(SafetensorError, KeyError):  # damaged: computed again
+            kept = load_file(path)["logps"]
+            found += len(kept) == len(column)
+            column = kept if found else column
     dist.broadcast(found, 0)
-    if found and run.rank == 0:
-        column = load_file(path)["logps"]
     for first in progress(range(0, 0 if found else len(examples), 1024), "reference"):
         for micro in micro_batches(examples[first : first + 1024], run):
             spans = [range(starts[i], starts[i + 1]) for i in (micro.indices + first).tolist()]

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import common
 
@@ -247,6 +250,101 @@ def test_ten_desirable_to_one_undesirable(data, tmp_path, capsys):
         assert len(records) - 1 == 5  # 30 desirable, six a step
         assert "30 desirable, 3 undesirable examples" in capsys.readouterr().err
         assert "eval_loss" not in records[-1]  # one file: nothing is held out
+
+
+def change(folder: Path, **values) -> Path:
+    """Change settings in a model's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    return folder
+
+
+def copy_of_toy(folder: Path) -> Path:
+    shutil.copytree(common.TOY / "model", folder)
+    return folder
+
+
+def test_weights_that_are_not_there_are_named(data, tmp_path):
+    model = copy_of_toy(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights = {name: value for name, value in weights.items() if "layers.1." not in name}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(common.UserError, match="its weights lack gpt_neox.layers.1"):
+        run_here("dpo", **settings(data, tmp_path / "out", model=str(model)))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "reference").exists()
+    model = change(copy_of_toy(tmp_path / "small"), vocab_size=100)
+    with pytest.raises(common.UserError, match="more tokens than the model"):
+        run_here("dpo", **settings(data, tmp_path / "out", model=str(model)))
+
+
+def test_another_config_of_the_same_weights_is_another_reference(data, tmp_path):
+    run_here("dpo", **settings(data, tmp_path / "one", max_steps=1))
+    rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25}
+    model = change(copy_of_toy(tmp_path / "model"), rope_parameters=rope)
+    records = run_here("dpo", **settings(data, tmp_path / "two", max_steps=1, model=str(model)))
+    assert records[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(list((tmp_path / "reference").iterdir())) == 4
+
+
+def test_a_damaged_reference_is_computed_again(data, tmp_path):
+    first = run_here("dpo", **settings(data, tmp_path / "one", max_steps=1))
+    for file in (tmp_path / "reference").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    again = run_here("dpo", **settings(data, tmp_path / "two", max_steps=1))
+    assert_same_losses(first, again, 0)
+
+
+def test_what_cannot_be_resumed_is_named(data, tmp_path):
+    values = settings(data, tmp_path / "out", max_steps=4, save_every=2)
+    run_here("dpo", **values)
+    record = tmp_path / "out" / "run.json"
+    whole = record.read_text()
+    unfinished = json.dumps(json.loads(whole) | {"finished": False})
+    for damaged in ("", "[]", "{}", whole[:50], '{"settings": 3}'):
+        record.write_text(damaged)
+        with pytest.raises(common.UserError, match="run.json: is damaged"):
+            run_here("dpo", **values, resume=True)
+    record.write_text(unfinished)
+    with pytest.raises(common.UserError, match="has 4 steps already"):
+        run_here("dpo", **values | {"max_steps": 3}, resume=True)
+    with FileLock(tmp_path / "out" / "run.lock"):
+        with pytest.raises(common.UserError, match="another run is writing there"):
+            run_here("dpo", **values | {"max_steps": 6}, resume=True)
+    for file in (tmp_path / "out" / "checkpoints" / "step_00000004").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(common.UserError, match="step_00000004: cannot be read"):
+        run_here("dpo", **values | {"max_steps": 6}, resume=True)
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_save_nothing(data, tmp_path):
+    values = settings(data, tmp_path / "out", lr=1e38, warmup_steps=0, save_every=1)
+    with pytest.raises(FloatingPointError):
+        run_here("dpo", **values)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert not list((tmp_path / "out").glob("checkpoints/step_*"))
+
+
+def test_two_processes_export_what_one_does(data, tmp_path):
+    """A tied model with generation settings of its own."""
+    model = tmp_path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(common.TOY / "model")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 512}
+    lm = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    lm.generation_config.update(do_sample=True, top_p=0.5, eos_token_id=tokenizer.eos_token_id)
+    lm.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    values = settings(data, tmp_path / "one", model=str(model), dtype="float64", max_steps=2)
+    run_here("dpo", **values)
+    run_command("dpo", processes=2, **values | {"out": str(tmp_path / "two")})
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and "lm_head.weight" not in one
+    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+    for name in ("generation_config.json", "config.json", "tokenizer.json"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
 
 
 def test_sft_then_alignment(data, tmp_path):
