@@ -5,6 +5,7 @@ In the order of a run:
     read_rows, tokenise               JSONL rows to token ids
     make_batch, completion_logps      token ids to the log-probability of every completion token
     endless, plan                     which examples a step takes, and in what pieces
+    find_model, load_tokenizer        a folder that can be trained, and how it writes text
     Run                               processes, output folder, metrics, checkpoints, export
     load_policy, add_reference_logps  the model, and the log-probabilities it starts from
 """
@@ -474,7 +475,7 @@ def examples_sha256(examples: Sequence[dict], *more) -> str:
 class Run:
     """One training run: processes, device, output folder, metrics, checkpoints.
 
-    Making one only looks; `start` joins the processes and claims the folder.
+    Making one only looks; `start` checks and joins the processes; `resume` claims the folder.
     """
 
     def __init__(self, config):
@@ -500,7 +501,7 @@ class Run:
         self.tokenizer = load_tokenizer(self.model_path)
 
     def start(self, train_set: list[dict], test_set: list[dict], steps: int) -> bool:
-        """Check what is left to check, join the processes, claim the folder. False: finished."""
+        """Check what is left to check, join the processes. False: the run is finished already."""
         config, everything, self.steps = self.config, train_set + test_set, steps
         partners = [example["partner"] for example in everything if "partner" in example]
         largest = max(example_tokens(example) for example in everything + partners)
@@ -557,7 +558,7 @@ class Run:
             tqdm.write(text, file=sys.stderr)
 
     def _refuse_changes(self, before: dict) -> None:
-        """Raise UserError, by name, where the folder's run was of other settings, data or model."""
+        """Raise UserError, by name, where the folder's run had other settings, data or model."""
 
         def fixed(record: dict) -> dict:
             settings = record["settings"].items()

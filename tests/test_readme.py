@@ -59,6 +59,14 @@ def test_first_command_trains_and_shows_replies(checkout):
     assert "before" in shown and "after" in shown and "win rate" in shown
 
 
+def test_sampling_and_judging(checkout):
+    """Of the shipped model alone, and fewer prompts."""
+    for line in COMMANDS:
+        if "archangel.sample toy" in line or "archangel.judge" in line:
+            shown = run(line.replace("--n 500", "--n 4").replace("kto.jsonl ", ""), checkout)
+    assert "95% interval" in shown
+
+
 def test_ci_runs_the_test_command():
     script = (ROOT / ".ci" / "run").read_text()
     assert script.count("\neval ") == 1
@@ -119,7 +127,15 @@ def test_files_flags_and_functions_named_are_there():
         assert (ROOT / name).exists(), name
     flags = {f"--{name}" for name in kto.Config.__dataclass_fields__} | {"--epsilon"}
     for flag in set(re.findall(r"(?<![\w-])--\w+(?!-)\b", README)):
-        assert flag in flags | {"--against", "--input", "--help", *TORCHRUN}, flag
+        assert flag in flags | {
+            "--against",
+            "--input",
+            "--help",
+            "--n",
+            "--show",
+            "--judge",
+            *TORCHRUN,
+        }, flag
     for row in re.findall(r"^\|.*\|$", README, re.M):
         for script, functions in re.findall(r"`(\w+\.py)`: ((?:`\w+`(?:, )?)+)", row):
             for function in re.findall(r"`(\w+)`", functions):
