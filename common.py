@@ -123,19 +123,25 @@ def parse(config_class: type, description: str):
 
 @contextlib.contextmanager
 def exit_status():
-    """Exit with 2 and one line for what the user must mend, with 75 when interrupted and saved."""
+    """Exit with 2 and one line for what the user must mend, with 75 when interrupted."""
+    status = 0
     try:
         yield
     except (UserError, OSError) as error:  # an OSError names its file: no space, no permission
         tqdm.write(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        status = 2
     except (Interrupted, KeyboardInterrupt) as error:
         why = str(error) or "before the first step; --resume starts it again"
         tqdm.write(f"interrupted: {why}", file=sys.stderr)
-        raise SystemExit(75) from None
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+        status = 75
+    if dist.is_initialized():
+        # At once: gloo's threads may still hold tensors, and would now and then abort Python's own
+        # ending ("terminate called without an active exception"), whatever its status.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        raise SystemExit(status)
 
 
 def progress(iterable, description: str):
