@@ -727,10 +727,8 @@ def load_policy(run: Run, value_head: bool = False) -> Policy:
     transformers.utils.logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(run.model_path)
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    how = {
-        "dtype": run.dtype,
-        "attn_implementation": "eager" if capped else None,
-    }  # sdpa cannot cap
+    # sdpa ignores a cap on attention's logits; otherwise the model's own choice.
+    how = {"dtype": run.dtype, "attn_implementation": "eager" if capped else None}
 
     def build(lm):
         width, head = lm.get_output_embeddings().weight.shape[1], None
@@ -793,11 +791,12 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
             "from its own forward pass: a scaling of its logits that is not known here"
         )
     try:
-        # The first tokens of a completion show what it wrongly sees of its sibling, or not of its
-        # prompt; over all tokens of a long one that would drown.
+        # The worst four tokens in a row: a completion may wrongly see its sibling in its first few,
+        # or pass an attention window in its last, and over all its tokens either would drown.
         shared = policy(make_batch(longest, run.device))
-        error = apart.pad((shared - plain).abs())[:, :4].sum(1) / apart.mask[:, :4].sum(1)  # (C,)
-        run.shared = bool(error.max() < (0.2 if run.bfloat16 else 1e-3))
+        errors = F.pad(apart.pad((shared - plain).abs()), (0, 3))  # (C, T + 3)
+        worst = F.avg_pool1d(errors, kernel_size=4, stride=1).max()
+        run.shared = bool(worst < (0.2 if run.bfloat16 else 1e-3))
     except (RuntimeError, TypeError, ValueError):  # takes no such mask, or no positions
         run.shared = False
     run.record["shared_prompts"] = run.shared

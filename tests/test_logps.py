@@ -387,6 +387,13 @@ def test_self_check_looks_at_the_longest_sequence_not_at_the_longest_row():
     assert check(model, examples).shared is False
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_self_check_sees_a_window_that_is_passed_late_in_a_completion(bfloat16):
+    examples = make_examples([(8, [40, 40])])  # its first twelve tokens are as they should be
+    assert check(tiny("mistral", sliding_window=20), examples, bfloat16).shared is False
+    assert check(tiny("mistral", sliding_window=64), examples, bfloat16).shared is True
+
+
 def test_self_check_keeps_rows_apart_where_the_mask_is_ignored(monkeypatch):
     model = tiny("gpt_neox")
     forward = model.base_model.forward
