@@ -26,7 +26,6 @@ Deviations from the report:
     torchrun --nproc_per_node=8 kto.py --model pythia-1.4b
 """
 
-import bisect
 import math
 import time
 from collections.abc import Iterator
@@ -183,16 +182,15 @@ def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
 def add_partners(examples: list[dict], config: Config) -> None:
     """Give each example a partner: its prompt with a completion of another, drawn once, seeded."""
     prompts = [example["prompt_ids"].tobytes() for example in examples]
-    order = sorted(range(len(examples)), key=prompts.__getitem__)  # same prompts side by side
-    ranked, rng = sorted(prompts), np.random.default_rng(config.seed)
+    if len(set(prompts)) == 1:
+        raise common.UserError(f"--data {config.data}: mismatched needs two different prompts")
+    rng = np.random.default_rng(config.seed)
     for example, prompt in zip(examples, prompts):
-        first, last = bisect.bisect_left(ranked, prompt), bisect.bisect_right(ranked, prompt)
-        if last - first == len(examples):
-            raise common.UserError(f"--data {config.data}: mismatched needs two different prompts")
-        place = rng.integers(len(examples) - (last - first))  # among those before and behind
-        partner = examples[order[place if place < first else place + last - first]]
+        number = rng.integers(len(examples))
+        while prompts[number] == prompt:
+            number = rng.integers(len(examples))
         room = config.max_length - len(example["prompt_ids"])
-        ids = [partner["completions_ids"][0][:room]]
+        ids = [examples[number]["completions_ids"][0][:room]]
         example["partner"] = {"prompt_ids": example["prompt_ids"], "completions_ids": ids}
 
 

@@ -6,7 +6,9 @@ The copies are on purpose: each script reads alone. This test keeps them from dr
 
 import ast
 import difflib
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,8 @@ ALLOWED = {  # (function, script): the lines in which it may differ, and why
         *PARTNERS,
     ],
 }
+
+SIZES = {"kto": 210, "dpo": 130, "slic": 130, "ppo_offline": 190, "sft": 110, "common": 265}
 
 
 def source(script: str) -> str:
@@ -121,10 +125,32 @@ def test_a_script_reads_in_the_one_order(script):
     assert not {"archangel", *SCRIPTS} & set(imported)
 
 
+def code_lines(script: str) -> int:
+    """Lines that hold code: no docstring, no comment, no blank."""
+    text, lines = source(script), set()
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in (*silent, tokenize.ENDMARKER):
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+@pytest.mark.parametrize("script, most", SIZES.items())
+def test_a_file_still_fits_in_a_head(script, most):
+    assert code_lines(script) <= most, "look for what should not be there"
+
+
 if __name__ == "__main__":
     for name, first, script in PAIRS:
         print(f"\n{name}: {first}.py and {script}.py")
         print("\n".join(difference(function(first, name), function(script, name))) or "the same")
+    for script in SIZES:
+        print(f"{script}.py: {code_lines(script)} lines of code")
     for script in SCRIPTS[1:]:
         print(f"\nConfig: {SCRIPTS[0]}.py and {script}.py")
         print("\n".join(difference(shared_settings("kto"), shared_settings(script))) or "the same")

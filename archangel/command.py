@@ -1,0 +1,93 @@
+"""A program's command line: settings from a dataclass, one line for what is wrong, exit status."""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import math
+import os
+import re
+import sys
+import typing
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """What the user gave is wrong: one line that names the place and the mend (exit status 2)."""
+
+
+class Interrupted(Exception):
+    """A signal came, and everything is saved (exit status 75)."""
+
+
+def check_settings(config, above_zero: tuple[str, ...] = ()) -> None:
+    """Raise UserError for a number out of range: all are at least 0, some above it."""
+    above_zero += ("lr", "max_grad_norm", "epochs", "batch_size", "max_prompt_length")
+    for name, value in vars(config).items():
+        if type(value) not in (int, float):
+            continue
+        if not 0 <= value < math.inf or value == 0 and name in above_zero:
+            least = "above" if name in above_zero else "at least"
+            raise UserError(f"--{name} {value}: must be a finite number {least} 0")
+    if config.max_prompt_length >= config.max_length:
+        raise UserError(
+            f"--max_prompt_length {config.max_prompt_length}: must be below --max_length "
+            f"{config.max_length}, so that a completion has room"
+        )
+
+
+def parse(config_class: type, description: str):
+    """The command line as a `config_class`, whose comments are the lines of --help."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
+
+    def fail(message: str):
+        raise UserError(f"{message} (--help lists the settings)")
+
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --model MODEL [--SETTING VALUE ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = fail
+    for field in dataclasses.fields(config_class):
+        required = field.default is dataclasses.MISSING
+        line = comments[field.name] + ("" if required else f" (default: {field.default})")
+        kind = {"type": str if required else type(field.default)}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif choices := typing.get_args(field.type):
+            kind = {"choices": choices}
+        arguments = {"required": required, "default": field.default, "help": line, **kind}
+        parser.add_argument(f"--{field.name}", **arguments)
+    return config_class(**vars(parser.parse_args()))
+
+
+@contextlib.contextmanager
+def exit_status():
+    """Exit with 2 and one line for what the user must mend, with 75 when interrupted."""
+    status = 0
+    try:
+        yield
+    except (UserError, OSError) as error:  # an OSError names its file: no space, no permission
+        tqdm.write(f"error: {error}", file=sys.stderr)
+        status = 2
+    except (Interrupted, KeyboardInterrupt) as error:
+        why = str(error) or "before the first step; --resume starts it again"
+        tqdm.write(f"interrupted: {why}", file=sys.stderr)
+        status = 75
+    if dist.is_initialized():
+        # At once: gloo's threads may still hold tensors, and would now and then abort Python's own
+        # ending ("terminate called without an active exception"), whatever its status.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        raise SystemExit(status)
+
+
+def progress(iterable, description: str):
+    """A bar on process 0 for whatever takes more than a few seconds."""
+    return tqdm(iterable, description, delay=2, disable=os.environ.get("RANK", "0") != "0")

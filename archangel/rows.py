@@ -1,0 +1,160 @@
+"""Rows as JSONL to token ids, and in which order: what a trainer reads, whatever its loss."""
+
+import functools
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from archangel.command import UserError, progress
+
+TOY = Path(__file__).parent / "toy_world"  # model/ and data/: all runs offline
+FIELDS = {  # what a row may hold; a script names the forms that its loss can learn from
+    "preference": ("prompt", "chosen", "rejected"),
+    "unpaired": ("prompt", "completion", "label"),
+    "supervised": ("prompt", "completion"),
+}
+EVAL_ROWS = 512  # held-out rows measured, as many as the prompts that the authors judged
+
+
+def read_rows(data: str, split: str, forms: Sequence[str]) -> list[dict]:
+    """The rows of a split (train, test), each with the fields of the first of `forms` it has.
+
+    data: `toy`, `archangel`, a folder with train.jsonl and test.jsonl (or .jsonl.gz), or one such
+    file, all of it for training. A preference row may carry a `target`, the text that SFT and SLiC
+    imitate. Raises UserError with file and row; a data set without test rows gives none.
+    """
+    if data == "archangel":
+        from archangel.data import prepare  # the report's mixture, prepared when first asked for
+
+        data = prepare()
+    path = TOY / "data" if data == "toy" else Path(data)
+    if path.is_dir():
+        plain, packed = path / f"{split}.jsonl", path / f"{split}.jsonl.gz"
+        path = packed if packed.exists() and not plain.exists() else plain
+    elif split == "test":
+        return []
+    if split == "test" and not path.exists():
+        return []
+    rows, where = [], f"--data {path}"
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}, row {number}"
+                if line := line.decode("utf-8-sig").strip():
+                    rows.append(_check_row(json.loads(line), forms))
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise UserError(f"{where}: {str(error) or type(error).__name__}") from None
+    if not rows and split == "train":
+        raise UserError(f"--data {path}: has no rows")
+    return rows
+
+
+def _check_row(row, forms: Sequence[str]) -> dict:
+    if not isinstance(row, dict):
+        raise ValueError("is not a JSON object")
+    form = next((FIELDS[form] for form in forms if row.keys() >= set(FIELDS[form])), None)
+    if form is None:
+        needed = " or ".join("{" + ", ".join(FIELDS[form]) + "}" for form in forms)
+        raise ValueError(f"has {sorted(row)}; this loss needs {needed}")
+    row = {field: row[field] for field in (*form, "target") if field in row}
+    for field, value in row.items():
+        kind, name = (bool, "true or false") if field == "label" else (str, "text")
+        if not isinstance(value, kind):
+            raise ValueError(f"{field} must be {name}, not {value!r:.40}")
+        if kind is str and field != "prompt" and not value.strip():
+            raise ValueError(f"{field} is empty")
+    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text: ValueError
+    return row
+
+
+def tokenise(texts: list[tuple[str, list[str]]], tokenizer, config) -> list[dict]:
+    """(prompt, completions) to examples {"prompt_ids": (P,), "completions_ids": [(C,), ...]}.
+
+    Prompt and completions are encoded apart, so that no token straddles the border; the text of a
+    special token stays text. The end-of-sequence token ends every completion that is not cut. What
+    is too long loses prompt first, down to --max_prompt_length, then completion.
+    """
+    encode = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
+    starts = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]  # does it add one itself?
+    bos, eos = [tokenizer.bos_token_id] * starts, [tokenizer.eos_token_id]
+    examples = []
+    for begin in progress(range(0, len(texts), 1000), "tokenise"):
+        chunk = texts[begin : begin + 1000]
+        prompts = encode([prompt for prompt, _ in chunk])["input_ids"]
+        encoded = iter(
+            encode([text for _, completions in chunk for text in completions])["input_ids"]
+        )
+        for (_, completions), prompt in zip(chunk, prompts):
+            completions = [next(encoded) + eos for _ in completions]
+            longest = max(len(ids) for ids in completions)
+            keep = max(config.max_prompt_length, config.max_length - longest) - len(bos)
+            first = max(0, len(prompt) - keep) if config.truncate_prompt == "start" else 0
+            # Something must come before a completion's first token to predict it from.
+            prompt = np.array(bos + prompt[first : first + keep] or eos, dtype=np.int32)
+            room = config.max_length - len(prompt)
+            ids = [np.array(ids[:room], dtype=np.int32) for ids in completions]
+            examples.append({"prompt_ids": prompt, "completions_ids": ids})
+    return examples
+
+
+def completion_tokens(examples: Sequence[dict]) -> int:
+    """The number of completion tokens in these examples."""
+    return sum(len(ids) for example in examples for ids in example["completions_ids"])
+
+
+def example_tokens(example: dict, shared: bool = True) -> int:
+    """The tokens that an example takes in a batch; apart, of rows as long as its longest."""
+    prompt, lengths = len(example["prompt_ids"]), [len(ids) for ids in example["completions_ids"]]
+    return prompt + sum(lengths) if shared else len(lengths) * (prompt + max(lengths))
+
+
+def longest_sequence(example: dict) -> int:
+    """Tokens of the prompt and the longest completion."""
+    return len(example["prompt_ids"]) + max(len(ids) for ids in example["completions_ids"])
+
+
+def sharing_pays(examples: Sequence[dict], hidden_size: int) -> bool:
+    """Whether rows of a prompt and all its completions cost less than a row for each completion.
+
+    A layer's work for T tokens, by 4 * hidden_size FLOPs: matrices 6 * hidden_size * T; attention
+    T^2, where causal rows skip half and a mask skips nothing. Sharing loses where short prompts
+    stand before completions that are long for the model's width.
+    """
+
+    def work(tokens: int, masked: bool) -> float:
+        return tokens * (6 * hidden_size + tokens * (1.0 if masked else 0.5))
+
+    together, apart = 0.0, 0.0
+    for example in examples:
+        prompt, completions = len(example["prompt_ids"]), example["completions_ids"]
+        together += work(example_tokens(example), masked=len(completions) > 1)
+        apart += sum(work(prompt + len(ids), masked=False) for ids in completions)
+    return together <= apart
+
+
+def examples_sha256(examples: Sequence[dict], *more) -> str:
+    """Hash of every prompt and completion, and of `more`; a pair's is that of its two halves."""
+    digest = hashlib.sha256(repr(more).encode())
+    for example in examples:
+        for ids in example["completions_ids"]:
+            digest.update(repr((len(example["prompt_ids"]), len(ids))).encode())
+            digest.update(example["prompt_ids"].tobytes() + ids.tobytes())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: tuple[int, ...], number: int) -> np.ndarray:
+    return np.random.default_rng((*seed, number)).permutation(n)
+
+
+def endless(n: int, seed: tuple[int, ...], start: int, stop: int) -> list[int]:
+    """Items start to stop of endless passes over range(n), each pass in an order of its own.
+
+    They depend on these arguments alone: not on processes, nor on whether a run was resumed.
+    """
+    return [int(_permutation(n, seed, place // n)[place % n]) for place in range(start, stop)]
