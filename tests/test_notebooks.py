@@ -1,0 +1,104 @@
+"""The notebooks run offline, say what is checked in, and hold no training code of their own."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import jupytext
+import matplotlib.font_manager  # noqa: F401  (its cache is built here, its notice in no notebook)
+import nbformat
+import pytest
+
+import common
+
+ROOT = Path(common.__file__).parent
+FOLDER = ROOT / "notebooks"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+SCRIPTS = ("kto", "dpo", "slic", "ppo_offline", "sft")
+
+
+def load_execute():
+    spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def said(notebook: nbformat.NotebookNode) -> list[tuple[int, str, str]]:
+    """(cell, kind, text) of all outputs, pictures by their place alone; which is not text."""
+    lines = []
+    for number, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            text = "" if "image/png" in data else data.get("text/plain", output.get("text", ""))
+            lines.append((number, output.get("name", output.output_type), text))
+    return lines
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[str]:
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_all_are_here():
+    assert NAMES == load_execute().NAMES
+    assert NAMES[:3] == ["1_value_functions", "2_equations_to_code", "3_one_kto_step"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_and_says_what_is_checked_in(name):
+    """If this fails after a change that was meant: python notebooks/execute.py, and look."""
+    assert said(load_execute().execute(name)) == said(read(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_text_says_the_same(name):
+    plain, notebook = jupytext.read(FOLDER / f"{name}.py"), read(name)
+    assert [(cell.cell_type, cell.source) for cell in plain.cells] == [
+        (cell.cell_type, cell.source) for cell in notebook.cells
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checked_in_outputs_are_whole_and_of_no_machine(name):
+    notebook = read(name)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    outputs = said(notebook)
+    assert {kind for _, kind, _ in outputs} <= {"stdout", "display_data", "execute_result"}
+    for _, _, text in outputs:
+        assert not re.search(r"/tmp|/home|/root|site-packages|Warning|it/s\]|0x[0-9a-f]{6}", text)
+    assert "language_info" not in notebook.metadata  # the version of Python
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_by_the_project_alone(name):
+    """No optimizer, no backward pass: steps are kto.train's. (autograd.grad draws gradients.)"""
+    tree = ast.parse("\n".join(code_cells(read(name))))
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not attributes & {"backward", "optim", "step", "zero_grad", "make_optimizer"}
+    imported = {
+        alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names
+    }
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported & set(SCRIPTS)
+
+
+def test_every_equation_is_read_from_its_file():
+    """A line tagged with an equation's number is in notebook 2's outputs, not in its cells."""
+    notebook = read("2_equations_to_code")
+    outputs = "\n".join(text for _, _, text in said(notebook))
+    tags = set()
+    for script in SCRIPTS:
+        for line in (ROOT / f"{script}.py").read_text().splitlines():
+            if tag := re.search(r"  # \((\d)\)", line):
+                tags.add(tag[1])
+                assert line.strip() in outputs
+                assert line.strip() not in "\n".join(code_cells(notebook))
+    assert tags == set("14567")  # (2) is computed nowhere, (3) is a metric
+    for tag in "1234567":
+        assert any(re.match(rf"## .*\({tag}\)", cell.source) for cell in notebook.cells), tag
