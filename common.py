@@ -45,7 +45,7 @@ from archangel.rows import (
     sharing_pays,
     tokenise,
 )
-from archangel.run import MODELS, Run, find_model, load_tokenizer
+from archangel.run import MODELS, Run, find_model, load_tokenizer, writing
 
 CHUNK = 2**24  # logits in memory at once: 64 MiB of float32
 
@@ -351,10 +351,11 @@ def add_reference_logps(policy: Policy, examples: list[dict], run: Run) -> None:
     if not found:
         dist.all_reduce(column)
         if run.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            save_file({"logps": column}, partial)
-            partial.rename(path)
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_suffix(f".{os.getpid()}.partial")
+                save_file({"logps": column}, partial)
+                partial.rename(path)
     dist.broadcast(column, 0)
     for example, start, count in zip(examples, starts, counts):
         example["reference_logps"] = column[start : start + count].numpy()
@@ -367,17 +368,16 @@ def make_optimizer(policy: Policy, config) -> torch.optim.Optimizer:
     return torch.optim.RMSprop(policy.parameters(), lr=config.lr)
 
 
-def clip_gradient(policy: Policy, losses: Tensor, config, step: int) -> float:
+def clip_gradient(
+    policy: Policy, batch: Sequence[dict], figures: dict[str, Tensor], run: Run, step: int
+) -> float:
     """Scale the gradient to at most --max_grad_norm. Returns its norm before, as a number.
 
-    losses: (B,) of the global batch. Raises FloatingPointError if one of them, or the norm, is not
-    finite, before a step is taken.
+    figures: (B,) each, of the global batch. Raises FloatingPointError if a loss, or the norm, is
+    not finite, before a step is taken.
     """
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), run.config.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if not (math.isfinite(norm) and losses.isfinite().all()):
-        where = (~losses.isfinite()).nonzero().flatten().tolist()
-        raise FloatingPointError(
-            f"step {step}: gradient norm {norm}, losses not finite at places {where} of the batch"
-        )
+    if not (math.isfinite(norm) and figures["loss"].isfinite().all()):
+        run.refuse_step(step, norm, batch, figures)
     return norm

@@ -197,7 +197,7 @@ def train(config: Config) -> None:
             (loss * run.world_size).backward()
             parts.append((indices, figures))
         figures = common.gather(parts, len(batch), run)
-        grad_norm = common.clip_gradient(policy, figures["loss"], config, step)
+        grad_norm = common.clip_gradient(policy, batch, figures, run, step)
         lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()

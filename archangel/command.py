@@ -71,7 +71,7 @@ def exit_status():
     status = 0
     try:
         yield
-    except (UserError, OSError) as error:  # an OSError names its file: no space, no permission
+    except (UserError, OSError, FloatingPointError) as error:  # an OSError names its file
         tqdm.write(f"error: {error}", file=sys.stderr)
         status = 2
     except (Interrupted, KeyboardInterrupt) as error:

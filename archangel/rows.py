@@ -18,6 +18,7 @@ FIELDS = {  # what a row may hold; a script names the forms that its loss can le
     "unpaired": ("prompt", "completion", "label"),
     "supervised": ("prompt", "completion"),
 }
+LONGEST_ROW = 2**26  # bytes: a small compressed file may hold a row that fills the memory
 EVAL_ROWS = 512  # held-out rows measured, as many as the prompts that the authors judged
 
 
@@ -43,15 +44,25 @@ def read_rows(data: str, split: str, forms: Sequence[str]) -> list[dict]:
     rows, where = [], f"--data {path}"
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW), b""), 1):
                 where = f"{path}, row {number}"
+                if len(line) == LONGEST_ROW:
+                    raise ValueError(f"is longer than {LONGEST_ROW} bytes")
                 if line := line.decode("utf-8-sig").strip():
-                    rows.append(_check_row(json.loads(line), forms))
+                    row = json.loads(line, object_pairs_hook=_fields_once)
+                    rows.append(_check_row(row, forms))
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{where}: {str(error) or type(error).__name__}") from None
     if not rows and split == "train":
         raise UserError(f"--data {path}: has no rows")
     return rows
+
+
+def _fields_once(pairs: list[tuple[str, object]]) -> dict:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):  # JSON readers differ in which of the two they take
+        raise ValueError("has a field twice")
+    return fields
 
 
 def _check_row(row, forms: Sequence[str]) -> dict:

@@ -1,5 +1,6 @@
 """A training run's files: the model it begins with, settings, metrics, checkpoints, the result."""
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -23,7 +24,7 @@ import transformers
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
@@ -82,6 +83,30 @@ def load_tokenizer(path: Path):
     return tokenizer
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Raise UserError that names `path` where it cannot be written: no space, no permission."""
+    try:
+        yield
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:  # a BaseException
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"{path}: cannot be written, {reason}; mend it, go on by --resume"
+        ) from None
+
+
+def checkpoint_tensors(policy: nn.Module, model: dict, optimizer: dict) -> dict[str, Tensor]:
+    """What a checkpoint holds of the two state dicts, by name: tensors, and nothing else.
+
+    A tied weight goes by one name. The optimizer's settings are left out: they are the run's.
+    """
+    tied = {f"lm.{name}" for name in getattr(policy.lm, "all_tied_weights_keys", {})}
+    tensors = {f"model.{name}": value for name, value in model.items() if name not in tied}
+    for name, state in optimizer["state"].items():
+        tensors |= {f"optimizer.{name}.{part}": tensor for part, tensor in state.items()}
+    return tensors
+
+
 class Run:
     """One training run: processes, device, output folder, metrics, checkpoints.
 
@@ -113,6 +138,7 @@ class Run:
     def start(self, train_set: list[dict], test_set: list[dict], steps: int) -> bool:
         """Check what is left to check, join the processes. False: the run is finished already."""
         config, everything, self.steps = self.config, train_set + test_set, steps
+        self.train_set = train_set
         partners = [example["partner"] for example in everything if "partner" in example]
         largest = max(example_tokens(example) for example in everything + partners)
         if largest > config.micro_batch_tokens:
@@ -160,6 +186,10 @@ class Run:
             weights = [[hashlib.file_digest(file, "sha256").hexdigest() for file in opened]]
         dist.broadcast_object_list(weights)
         self.record["model_sha256"] = weights[0]
+        everyones = [None] * self.world_size
+        dist.all_gather_object(everyones, self.record["data_sha256"])
+        if len(set(everyones)) > 1:  # they would wait for each other, or learn from other rows
+            raise UserError(f"--data {config.data}: is not the same for all processes")
         self._refuse_changes(before)
         return True
 
@@ -187,9 +217,10 @@ class Run:
     def write(self, name: str, text: str) -> None:
         """Write a file of the folder, whole or not at all (process 0)."""
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / f"{name}.partial").write_text(text)
-            (self.folder / f"{name}.partial").rename(self.folder / name)
+            with writing(self.folder / name):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / f"{name}.partial").write_text(text)
+                (self.folder / f"{name}.partial").rename(self.folder / name)
 
     def write_record(self) -> None:
         """Write run.json: every setting, version and fingerprint."""
@@ -206,6 +237,10 @@ class Run:
     def _checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoints/step_" + "[0-9]" * 8))
 
+    def _remove_older(self) -> None:
+        for older in self._checkpoints()[:-1]:
+            shutil.rmtree(older)
+
     def save(self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint beside, rename it when whole, remove the older ones.
 
@@ -214,16 +249,22 @@ class Run:
         self._check_weights(policy)
         final = self.folder / f"checkpoints/step_{step:08d}"
         partial = final.with_name(final.name + ".partial")
-        if self.rank == 0:  # what a killed run left half-written
-            for older in final.parent.glob("*.partial"):
-                shutil.rmtree(older)
-        dist.barrier()
-        model, optim = dcp_state.get_state_dict(policy, optimizer)
-        dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
-        if self.rank == 0:
-            partial.rename(final)
-            for older in self._checkpoints()[:-1]:
-                shutil.rmtree(older)
+        tensors = checkpoint_tensors(policy, *dcp_state.get_state_dict(policy, optimizer))
+        size, files = 0, {}
+        for name, tensor in tensors.items():  # a file is put together in memory: a GiB at most
+            size += tensor.numel() * tensor.element_size()
+            files[name] = 1 + size // 2**30
+        with writing(final):
+            if self.rank == 0:  # what a killed run left half-written
+                for older in final.parent.glob("*.partial"):
+                    shutil.rmtree(older)
+            dist.barrier()
+            # safetensors, because torch's own format has a pickle in it, which can run code.
+            writer = dcp.HuggingFaceStorageWriter(str(partial), files, save_distributed=True)
+            dcp.save(tensors, storage_writer=writer)
+            if self.rank == 0:
+                partial.rename(final)
+                self._remove_older()
         dist.barrier()
 
     def resume(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -242,13 +283,20 @@ class Run:
         if saved:
             model, optim = dcp_state.get_state_dict(policy, optimizer)
             try:
-                dcp.load({"model": model, "optimizer": optim}, checkpoint_id=saved[-1])
+                reader = dcp.HuggingFaceStorageReader(str(saved[-1]))
+                for name, tensor in reader.read_metadata().state_dict_metadata.items():
+                    if sum(part.sizes.numel() for part in tensor.chunks) != tensor.size.numel():
+                        raise ValueError(f"a part of {name} is missing")
+                tensors = checkpoint_tensors(policy, model, optim)
+                dcp.load(tensors, storage_reader=reader)
             except (Exception, dcp.api.CheckpointException) as error:  # a BaseException
                 reason = str(error).strip().splitlines()[-1]
                 raise UserError(f"--resume {saved[-1]}: cannot be read, {reason}") from None
             dcp_state.set_state_dict(
                 policy, optimizer, model_state_dict=model, optim_state_dict=optim
             )
+            if self.rank == 0:  # of a run that was killed between a checkpoint and this
+                self._remove_older()
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():  # steps after the checkpoint will come again
             lines = [line for line in metrics.read_text().split("\n") if line.endswith("}")]
@@ -281,13 +329,14 @@ class Run:
             state = {k.removeprefix("lm."): v for k, v in state.items() if k.startswith("lm.")}
             for tied in getattr(policy.lm, "all_tied_weights_keys", {}):
                 state.pop(tied, None)  # written once, under the other name
-            policy.lm.save_pretrained(partial, state_dict=state)
-            self.tokenizer.save_pretrained(partial)
-            for file in partial.iterdir():
-                if (self.folder / file.name).is_dir():
-                    shutil.rmtree(self.folder / file.name)
-                file.rename(self.folder / file.name)
-            partial.rmdir()
+            with writing(partial):
+                policy.lm.save_pretrained(partial, state_dict=state)
+                self.tokenizer.save_pretrained(partial)
+                for file in partial.iterdir():
+                    if (self.folder / file.name).is_dir():
+                        shutil.rmtree(self.folder / file.name)
+                    file.rename(self.folder / file.name)
+                partial.rmdir()
             self.record["finished"] = True
             self.write_record()
             self.bar.close()
@@ -307,7 +356,8 @@ class Run:
         """Append a step's figures to metrics.jsonl, and show them."""
         figures = {k: v if math.isfinite(v) else None for k, v in figures.items()}  # as JSON can
         if self.rank == 0 and figures:
-            with (self.folder / "metrics.jsonl").open("a") as file:
+            path = self.folder / "metrics.jsonl"
+            with writing(path), path.open("a") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
             figures = {k: v for k, v in figures.items() if v is not None}
             held_out = [f"{k[5:]} {v:.4g}" for k, v in figures.items() if k.startswith("eval_")]
@@ -318,3 +368,29 @@ class Run:
             shown = {k: f"{figures[k]:.4g}" for k in shown if k in figures}
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
+
+    def refuse_step(
+        self, step: int, norm: float, batch: Sequence[dict], figures: dict[str, Tensor]
+    ) -> None:
+        """Raise FloatingPointError for a step whose loss or gradient is not finite.
+
+        figures: (B,) each, of the global batch. not_finite.jsonl then holds the texts and figures
+        of its examples, and their place in the training data, counted from 0.
+        """
+        decode = self.tokenizer.decode
+        examples = [
+            {
+                "example": next(i for i, other in enumerate(self.train_set) if other is example),
+                **{name: str(values[place].item()) for name, values in figures.items()},
+                "prompt": decode(example["prompt_ids"]),
+                "completions": [decode(ids) for ids in example["completions_ids"]],
+            }
+            for place, example in enumerate(batch)
+        ]
+        self.write("not_finite.jsonl", "".join(json.dumps(line) + "\n" for line in examples))
+        bad = [line["example"] for line in examples if not math.isfinite(float(line["loss"]))]
+        raise FloatingPointError(
+            f"step {step}: the loss of {len(bad)} of {len(batch)} examples is not finite "
+            f"({', '.join(map(str, bad[:8])) or 'none'}), the gradient's norm is {norm}; see "
+            f"{self.folder / 'not_finite.jsonl'}; the step was not taken"
+        )

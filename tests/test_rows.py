@@ -1,9 +1,14 @@
-"""Rows, tokens and the order of examples: what is read, what is cut, who comes when."""
+"""Rows, tokens and the order of examples: what is read, what is cut, who comes when.
+
+HALOS_LONG=1 python -m pytest tests/test_rows.py makes up 2,000 files instead of 200.
+"""
 
 import codecs
 import functools
 import gzip
 import json
+import os
+import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
 
@@ -145,6 +150,7 @@ DEEP = '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + ', "completion": "c"}'
         ("{'prompt': 'Q'}", ""),
         (DEEP, ""),
         ('{"prompt": ' + "9" * 5000 + ', "completion": "c"}', ""),
+        ('{"prompt": "Q:", "completion": "a", "completion": "b"}', "twice"),
         ("[]", "object"),
         ('"text"', "object"),
         ("null", "object"),
@@ -245,6 +251,18 @@ ROWS = st.one_of(
         for row in (PAIR, UNPAIRED, SUPERVISED)
     )
 )
+TWICE = st.sampled_from(  # JSON readers differ in which of the two they take
+    [
+        '{"prompt": "Q:", "chosen": "a", "rejected": "b", "chosen": "c"}',
+        '{"prompt": "Q:", "completion": "a", "label": true, "label": false}',
+        '{"prompt": "Q:", "completion": "a", "other": {"x": 1, "x": 1}}',
+    ]
+)
+NESTED = st.sampled_from(
+    [1, 20, 400, 3000, 50_000]
+).map(  # Python reads up to some 900
+    lambda depth: json.dumps(SUPERVISED)[:-1] + ', "other": ' + "[" * depth + "]" * depth + "}"
+)
 SURROGATES = st.text(st.characters(categories=["Cs", "Ll"]), max_size=3)
 LINES = st.one_of(
     ROWS.map(json.dumps),
@@ -254,6 +272,8 @@ LINES = st.one_of(
     ANY_JSON.map(json.dumps),
     st.text(max_size=10).filter(lambda text: text.strip() and not {*text} & {*"\r\n\ufeff"}),
     st.sampled_from(["", " ", "{", "{}", "nul", '{"prompt"']),
+    TWICE,
+    NESTED,
 )
 BYTES = st.lists(st.sampled_from(b'\x00 "\\,:{}[]a0\n\x80\xc3\xff'), max_size=3).map(bytes)
 TORN = st.tuples(st.integers(0, 200), BYTES) | st.none()
@@ -261,9 +281,14 @@ TORN = st.tuples(st.integers(0, 200), BYTES) | st.none()
 
 def should_read(line: str, forms) -> dict | None:
     """The row that a line says, or None where it says none: the contract, spelled out."""
+
+    def once(pairs):
+        assert len({name for name, _ in pairs}) == len(pairs)
+        return dict(pairs)
+
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = json.loads(line, object_pairs_hook=once)
+    except (ValueError, AssertionError, RecursionError):
         return None
     if not isinstance(row, dict):
         return None
@@ -286,31 +311,57 @@ def should_read(line: str, forms) -> dict | None:
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=2000 if os.environ.get("HALOS_LONG") else 200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     st.lists(LINES, max_size=4),
+    st.sampled_from(["\n", "\n", "\r\n"]),
     TORN,
     st.sampled_from([".jsonl", ".jsonl.gz"]),
+    st.integers(0, 60) | st.just(0),
     st.permutations(ALL_FORMS).flatmap(
         lambda forms: st.integers(1, 3).map(lambda count: forms[:count])
     ),
 )
-def test_any_file_gives_its_rows_or_a_user_error(tmp_path, lines, torn, end, forms):
-    content = "\n".join(lines).encode()
+def test_any_file_gives_its_rows_or_a_user_error(tmp_path, lines, line_end, torn, end, cut, forms):
+    content = line_end.join(lines).encode()
     if torn:  # a few bytes written over the file, as they come
         content = content[: torn[0]] + torn[1] + content[torn[0] + len(torn[1]) :]
     path = tmp_path / f"rows{end}"
-    path.write_bytes(gzip.compress(content) if end.endswith("gz") else content)
+    written = gzip.compress(content) if end.endswith("gz") else content
+    cut = cut if end.endswith("gz") else 0  # of a compressed file the last bytes may be missing
+    path.write_bytes(written[: len(written) - cut] if cut < len(written) else b"")
     try:
         lines = [line for line in content.decode("utf-8-sig").split("\n") if line.strip()]
         expected = [should_read(line, forms) for line in lines]
     except UnicodeDecodeError:
         expected = []
-    if expected and None not in expected:
+    if expected and None not in expected and not cut:
         assert read_rows(str(path), "train", forms) == expected
     else:
         assert str(path) in error_of(path, forms)
+
+
+def test_long_rows_are_read_and_endless_ones_do_not_fill_the_memory(tmp_path):
+    rows = [{**PAIR, "chosen": f" {number}" + "é " * 500_000} for number in range(4)]  # 1.5 MB each
+    data = write(tmp_path / "long.jsonl.gz", rows)
+    tracemalloc.start()
+    assert read_rows(data, "train", ["preference"]) == rows
+    most = tracemalloc.get_traced_memory()[1]
+    assert most < 10 * 1.5e6 * len(rows)
+
+    path = tmp_path / "endless.jsonl.gz"  # 200 kB that unpack to one row of 200 MB
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(json.dumps(PAIR).encode() + b'\n{"prompt": "')
+        for _ in range(200):
+            file.write(b"a" * 10**6)
+    tracemalloc.reset_peak()
+    message = error_of(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "row 2: is longer than" in message and most < 150e6
 
 
 # --------------------------------------------------------------------------- rows to token ids

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from filelock import FileLock
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -322,7 +323,7 @@ def test_what_cannot_be_resumed_is_named(data, tmp_path):
     with FileLock(tmp_path / "out" / "run.lock"):
         with pytest.raises(common.UserError, match="another run is writing there"):
             run_here("dpo", **values | {"max_steps": 6}, resume=True)
-    for file in (tmp_path / "out" / "checkpoints" / "step_00000004").glob("*.distcp"):
+    for file in (tmp_path / "out" / "checkpoints" / "step_00000004").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(common.UserError, match="step_00000004: cannot be read"):
         run_here("dpo", **values | {"max_steps": 6}, resume=True)
@@ -348,7 +349,8 @@ def test_two_processes_export_what_one_does(data, tmp_path):
     lm.save_pretrained(model)
     tokenizer.save_pretrained(model)
     values = settings(data, tmp_path / "one", model=str(model), dtype="float64", max_steps=2)
-    run_here("dpo", **values)
+    run_here("dpo", **values | {"max_steps": 1})
+    run_here("dpo", **values, resume=True)
     run_command("dpo", processes=2, **values | {"out": str(tmp_path / "two")})
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and "lm_head.weight" not in one
@@ -374,12 +376,10 @@ def test_sft_then_alignment(data, tmp_path):
 
 
 def test_value_head_is_kept_in_checkpoints_and_left_out_of_the_model(data, tmp_path):
-    from torch.distributed.checkpoint import FileSystemReader
-
     run_here("ppo_offline", **settings(data, tmp_path / "ppo", max_steps=2))
     (checkpoint,) = (tmp_path / "ppo" / "checkpoints").iterdir()
-    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    assert "model.value_head.weight" in saved
+    with safe_open(next(checkpoint.iterdir()), "pt") as saved:
+        assert "model.value_head.weight" in saved.keys()
     assert not any("value_head" in name for name in load_file(tmp_path / "ppo/model.safetensors"))
 
 
