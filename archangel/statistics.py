@@ -121,6 +121,22 @@ def equivalent(a: ArrayLike, b: ArrayLike, margin: float = MARGIN) -> dict[str, 
     return {"difference": mean, "sd": sd, "low": float(low), "high": float(high), "p": p}
 
 
+def not_below(a: ArrayLike, b: ArrayLike, margin: float = MARGIN) -> float:
+    """p-value of a one-sided paired t-test that mean(a) is not `margin` or more below mean(b).
+
+    a, b: (n,) each, in one order. The null hypothesis is a difference of -margin or less; below
+    0.05 where the lower end of the 90% interval of the difference lies above -margin. One prompt
+    shows nothing: p = 1.
+    """
+    a, b = _same_length(a, b)
+    differences = a - b
+    if len(differences) < 2:
+        return 1.0
+    if differences.std() == 0:  # every prompt says the same
+        return float(differences[0] <= -margin)
+    return float(stats.ttest_1samp(differences, -margin, alternative="greater").pvalue)
+
+
 def prompts_needed(
     sd: float, margin: float = MARGIN, power: float = 0.8, level: float = 0.05
 ) -> int:
