@@ -47,7 +47,8 @@ from archangel.rows import (
 )
 from archangel.run import MODELS, Run, find_model, load_tokenizer, writing
 
-CHUNK = 2**24  # logits in memory at once: 64 MiB of float32
+CHUNK = 2**26  # logits in memory at once: 256 MiB of float32; what needs more is computed twice
+ALIKE = 0.8  # on a CPU, how long a micro-batch's shortest example is at least beside its longest
 
 
 # ------------------------------------------------------------------- token ids to log-probabilities
@@ -190,18 +191,21 @@ class Policy(nn.Module):
 # ------------------------------------------------------------------------- a global batch in pieces
 
 
-def plan(sizes: Sequence[int], limit: int, processes: int) -> list[list[list[int]]]:
+def plan(sizes: Sequence[int], limit: int, processes: int, alike=0.0) -> list[list[list[int]]]:
     """For each process its micro-batches, lists of example numbers: as many for every process.
 
-    sizes: tokens of each example. Like lengths go together; the number of examples times the
-    longest stays within limit, unless one alone exceeds it. Who has fewer gets empty ones.
+    sizes: tokens of each example. Like lengths go together, none below `alike` of the longest; the
+    number of examples times the longest stays within limit, unless one alone exceeds it. Who has
+    fewer gets empty ones.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     shares = []
     for process in range(processes):
         pieces = []
         for i in order[process::processes]:
-            if not pieces or (len(pieces[-1]) + 1) * sizes[pieces[-1][0]] > limit:
+            longest = sizes[pieces[-1][0]] if pieces else sizes[i]
+            full = not pieces or (len(pieces[-1]) + 1) * longest > limit
+            if full or sizes[i] < alike * longest:
                 pieces.append([])
             pieces[-1].append(i)
         shares.append(pieces)
@@ -212,7 +216,9 @@ def plan(sizes: Sequence[int], limit: int, processes: int) -> list[list[list[int
 def micro_batches(examples: Sequence[dict], run: Run) -> list[Batch]:
     """This process's share of a global batch, in pieces of at most --micro_batch_tokens."""
     sizes = [example_tokens(example, run.shared) for example in examples]
-    share = plan(sizes, run.config.micro_batch_tokens, run.world_size)[run.rank]
+    # Padding costs a CPU as much as tokens do; a GPU would rather have few and large pieces.
+    alike = ALIKE if run.device.type == "cpu" else 0.0
+    share = plan(sizes, run.config.micro_batch_tokens, run.world_size, alike)[run.rank]
     pad_id = run.tokenizer.eos_token_id
     return [
         make_batch([examples[i] for i in piece], run.device, pad_id, run.shared, piece)

@@ -636,6 +636,8 @@ def test_plan_of_equal_lengths_by_hand():
         [4, 0],
     ]
     assert plan([7, 100, 7], 20, 1) == [[[1], [0, 2]]]
+    assert plan([10, 8, 7, 5], 100, 1, alike=0.8) == [[[0, 1], [2], [3]]]
+    assert plan([10, 8, 7, 6], 100, 1, alike=0.8) == [[[0, 1], [2, 3]]]
 
 
 def test_plan_gives_who_has_no_example_an_empty_piece():

@@ -104,7 +104,7 @@ def assert_same_losses(ours: list[dict], theirs: list[dict], tolerance: float) -
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    """Each script's run on one process in one micro-batch, float64, by its command line."""
+    """Each script's run on one process with memory enough, float64, by its command line."""
     runs = {}
 
     def run(script: str) -> Path:
@@ -151,9 +151,13 @@ def test_two_processes_give_the_losses_of_one(script, limit, alone, data, tmp_pa
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_memory_limit_changes_no_loss(script, alone, data, tmp_path):
+def test_memory_limit_and_padding_change_no_loss(script, alone, data, tmp_path, monkeypatch):
     values = settings(data, tmp_path / "cut", dtype="float64", micro_batch_tokens=200)
     assert_same_losses(metrics(alone(script)), run_here(script, **values), 1e-12)
+    monkeypatch.setattr(common, "ALIKE", 0.0)  # all in one piece, as on a GPU
+    values |= {"out": str(tmp_path / "whole"), "micro_batch_tokens": 8192}
+    whole = run_here(script, **values)
+    assert_same_losses(metrics(alone(script)), whole, 1e-12)
 
 
 @pytest.mark.parametrize("kl", ["mismatched", "zero"])
