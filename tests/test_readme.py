@@ -73,7 +73,7 @@ def test_ci_runs_the_test_command():
     only_print = re.sub(r"\n(eval|ruff) .*", "\n", script).replace('$(dirname "$0")/..', str(ROOT))
     done = subprocess.run(["bash", "-c", only_print], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == marked("test command")
-    assert marked("test command").endswith("python -m pytest")
+    assert marked("test command").endswith("python -m pytest -n 2 --dist loadfile")
 
 
 def test_copying_a_loss_needs_torch_alone(checkout):
