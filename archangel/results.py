@@ -66,7 +66,9 @@ def log_odds(path: Path, replies: Sequence[tuple[str, str, str]]) -> np.ndarray:
 
     replies: (prompt, first, second).
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, use_safetensors=True
+    ).eval()
     limits = SimpleNamespace(max_length=2048, max_prompt_length=1024, truncate_prompt="start")
     texts = [(prompt, pair) for prompt, *pair in replies]
     examples = common.tokenise(texts, common.load_tokenizer(path), limits)

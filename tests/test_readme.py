@@ -134,6 +134,10 @@ def test_files_flags_and_functions_named_are_there():
             "--n",
             "--show",
             "--judge",
+            "--models",
+            "--seeds",
+            "--dry_run",
+            "--dist",
             *TORCHRUN,
         }, flag
     for row in re.findall(r"^\|.*\|$", README, re.M):
