@@ -11,11 +11,9 @@ What is not about training stands in archangel/ and goes by this module's name t
 (command.py), rows to token ids and their order (rows.py), a run's folder and checkpoints (run.py).
 """
 
-import contextlib
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,8 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -36,6 +32,7 @@ from archangel.command import Interrupted, UserError, check_settings, exit_statu
 from archangel.rows import (
     EVAL_ROWS,
     TOY,
+    add_partners,
     completion_tokens,
     endless,
     example_tokens,
@@ -45,7 +42,7 @@ from archangel.rows import (
     sharing_pays,
     tokenise,
 )
-from archangel.run import MODELS, Run, find_model, load_tokenizer, writing
+from archangel.run import MODELS, Run, find_model, load_tokenizer, read_column, write_column
 
 CHUNK = 2**26  # logits in memory at once: 256 MiB of float32; what needs more is computed twice
 ALIKE = 0.8  # on a CPU, how long a micro-batch's shortest example is at least beside its longest
@@ -130,10 +127,9 @@ def completion_logps(model, batch: Batch, return_hidden: bool = False):
         plain = logits.log_softmax(-1)[[0, 1], completion]  # equal to rounding
     """
     layout = {}  # a row of one completion is plain causal text: the model's own defaults serve
-    if (batch.segments > 1).any():
-        seen = (batch.segments[:, None] == 0) | (
-            batch.segments[:, None] == batch.segments[..., None]
-        )
+    segments = batch.segments
+    if (segments > 1).any():  # a token sees its prompt and what came before it in its completion
+        seen = (segments[:, None] == 0) | (segments[:, None] == segments[..., None])
         # Additive, since eager attention misreads a boolean mask; finite, since padding must see
         # something; and finite in bfloat16 too. Padding comes last, where nothing looks.
         lowest = torch.finfo(torch.bfloat16).min
@@ -272,9 +268,8 @@ def load_policy(run: Run, value_head: bool = False) -> Policy:
             policy = build(AutoModelForCausalLM.from_config(config, **how))
         if source:
             policy.lm.generation_config = source.lm.generation_config
-    blocks = [
-        m for m in policy.modules() if type(m).__name__ in (policy.lm._no_split_modules or ())
-    ]
+    names = policy.lm._no_split_modules or ()
+    blocks = [module for module in policy.modules() if type(module).__name__ in names]
     if run.config.activation_checkpointing:
         checkpoint_wrapper.apply_activation_checkpointing(policy, check_fn=blocks.__contains__)
     if run.world_size == 1:  # sharding would cost 40% of the speed for the same bits
@@ -323,8 +318,8 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
         errors = F.pad(apart.pad((shared - plain).abs()), (0, 3))  # (C, T + 3)
         worst = F.avg_pool1d(errors, kernel_size=4, stride=1).max()
         hidden_size = policy.lm.config.get_text_config().hidden_size
-        run.shared = bool(worst < (0.2 if run.bfloat16 else 1e-3))
-        run.shared = run.shared and sharing_pays(examples, hidden_size)
+        right = bool(worst < (0.2 if run.bfloat16 else 1e-3))
+        run.shared = right and sharing_pays(examples, hidden_size)
     except (RuntimeError, TypeError, ValueError):  # takes no such mask, or no positions
         run.shared = False
     run.record["shared_prompts"] = run.shared
@@ -342,12 +337,9 @@ def add_reference_logps(policy: Policy, examples: list[dict], run: Run) -> None:
     counts = [completion_tokens([example]) for example in examples]
     starts = np.cumsum([0, *counts])
     column = torch.zeros(int(starts[-1]), dtype=run.dtype)
-    found = torch.tensor(0)
-    if run.rank == 0 and path.exists():
-        with contextlib.suppress(SafetensorError, KeyError):  # damaged: computed again
-            kept = load_file(path)["logps"]
-            found += len(kept) == len(column)
-            column = kept if found else column
+    kept = read_column(path, len(column)) if run.rank == 0 else None
+    column = column if kept is None else kept
+    found = torch.tensor(int(kept is not None))
     dist.broadcast(found, 0)
     for first in progress(range(0, 0 if found else len(examples), 1024), "reference"):
         for micro in micro_batches(examples[first : first + 1024], run):
@@ -357,11 +349,7 @@ def add_reference_logps(policy: Policy, examples: list[dict], run: Run) -> None:
     if not found:
         dist.all_reduce(column)
         if run.rank == 0:
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_suffix(f".{os.getpid()}.partial")
-                save_file({"logps": column}, partial)
-                partial.rename(path)
+            write_column(path, column)
     dist.broadcast(column, 0)
     for example, start, count in zip(examples, starts, counts):
         example["reference_logps"] = column[start : start + count].numpy()

@@ -32,7 +32,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 
 import common
@@ -129,10 +128,9 @@ def kl_from_other_half(log_ratios: torch.Tensor, desirable: torch.Tensor) -> tor
     tensor([0., 0., 2.])
     """
     log_ratios = log_ratios.detach().to(torch.promote_types(log_ratios.dtype, torch.float32))
-    positive, negative = log_ratios[desirable], log_ratios[~desirable]
-    for_desirable = negative.mean().clamp(min=0) if len(negative) else log_ratios.new_zeros(())
-    for_undesirable = positive.mean().clamp(min=0) if len(positive) else log_ratios.new_zeros(())
-    return torch.where(desirable, for_desirable, for_undesirable)
+    others = log_ratios[~desirable], log_ratios[desirable]  # of a desirable, of an undesirable one
+    means = [r.mean().clamp(min=0) if len(r) else r.new_zeros(()) for r in others]
+    return torch.where(desirable, *means)
 
 
 def kahneman_tversky_value(
@@ -164,7 +162,8 @@ def kto_value(z: torch.Tensor, z_ref: torch.Tensor | float) -> torch.Tensor:
 def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
     """Rows to examples, one a completion: prompt_ids, completions_ids of one, desirable.
 
-    A pair makes two. With --kl mismatched an example also has a partner (`add_partners`).
+    A pair makes two. With --kl mismatched an example also has a partner: its prompt with a
+    completion of another.
     """
     fields = ("chosen", "rejected", "completion")
     texts = [(row["prompt"], [row[field] for field in fields if field in row]) for row in rows]
@@ -175,35 +174,20 @@ def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
         for ids, desirable in zip(tokens["completions_ids"], row_labels)
     ]
     if config.kl == "mismatched":
-        add_partners(examples, config)
+        common.add_partners(examples, config)
     return examples
-
-
-def add_partners(examples: list[dict], config: Config) -> None:
-    """Give each example a partner: its prompt with a completion of another, drawn once, seeded."""
-    prompts = [example["prompt_ids"].tobytes() for example in examples]
-    if len(set(prompts)) == 1:
-        raise common.UserError(f"--data {config.data}: mismatched needs two different prompts")
-    rng = np.random.default_rng(config.seed)
-    for example, prompt in zip(examples, prompts):
-        number = rng.integers(len(examples))
-        while prompts[number] == prompt:
-            number = rng.integers(len(examples))
-        room = config.max_length - len(example["prompt_ids"])
-        ids = [examples[number]["completions_ids"][0][:room]]
-        example["partner"] = {"prompt_ids": example["prompt_ids"], "completions_ids": ids}
 
 
 def halves(examples: list[dict], config: Config) -> tuple[list[dict], list[dict]]:
     """The examples of the larger and the smaller class. Raises UserError if there is only one."""
-    desirable = [example for example in examples if example["desirable"]]
-    undesirable = [example for example in examples if not example["desirable"]]
-    if not desirable or not undesirable:
+    classes = [[e for e in examples if e["desirable"] == label] for label in (False, True)]
+    smaller, larger = sorted(classes, key=len)
+    if not smaller:
         raise common.UserError(
-            f"--data {config.data}: every label is {bool(desirable)}; this loss learns from "
+            f"--data {config.data}: every label is {larger[0]['desirable']}; this loss learns from "
             "desirable and undesirable completions: add rows of the other kind, or use sft.py"
         )
-    return max(desirable, undesirable, key=len), min(undesirable, desirable, key=len)
+    return larger, smaller
 
 
 def steps_per_epoch(examples: list[dict], config: Config) -> int:
@@ -242,27 +226,22 @@ def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Ru
     """
     desirable = torch.tensor([example["desirable"] for example in batch], device=run.device)  # (B,)
     micro_batches = common.micro_batches(batch, run)
-    weights = config.desirable_weight, config.undesirable_weight
-    kl = None  # (B,) the reference point of each example
-    if config.kl == "zero":
-        kl = torch.zeros(len(batch), device=run.device)
-    elif config.kl == "mismatched":
+    settings = config.beta, config.desirable_weight, config.undesirable_weight
+    kl = torch.zeros(len(batch), device=run.device)  # (B,) the reference point of each example
+    if config.kl == "mismatched":
         partners = [example["partner"] for example in batch]
         kl = collect_log_ratios(policy, partners, run).mean().clamp(min=0).expand(len(batch))
-    elif len(micro_batches) > 1:  # no micro-batch alone has seen the whole global batch
+    elif config.kl == "other_half" and len(micro_batches) > 1:  # no one of them sees all examples
         kl = kl_from_other_half(collect_log_ratios(policy, batch, run), desirable)
     for micro in micro_batches:
+        i = micro.indices
         policy_logps = micro.sum(policy(micro))  # (b,)
         reference_logps = micro.sum(micro.reference_logps)  # (b,)
-        log_ratios = (policy_logps - reference_logps).detach()
-        if kl is None:  # one micro-batch a process: its own forward pass serves
-            everyones = common.gather([(micro.indices, {"r": log_ratios})], len(batch), run)["r"]
-            kl = kl_from_other_half(everyones, desirable)
-        i = micro.indices
-        losses = kto_loss(
-            policy_logps, reference_logps, desirable[i], kl[i], config.beta, *weights
-        )  # (b,)
-        figures = {"loss": losses, "reward": config.beta * log_ratios, "kl": kl[i]}
+        r = (policy_logps - reference_logps).detach()
+        if config.kl == "other_half" and len(micro_batches) == 1:  # its own forward pass serves
+            kl = kl_from_other_half(common.gather([(i, {"r": r})], len(batch), run)["r"], desirable)
+        losses = kto_loss(policy_logps, reference_logps, desirable[i], kl[i], *settings)  # (b,)
+        figures = {"loss": losses, "reward": config.beta * r, "kl": kl[i]}
         yield losses.sum() / len(batch), i, figures
 
 

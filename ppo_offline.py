@@ -172,14 +172,14 @@ def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
 
 def halves(examples: list[dict], config: Config) -> tuple[list[dict], list[dict]]:
     """The examples of the larger and the smaller class. Raises UserError if there is only one."""
-    desirable = [example for example in examples if example["desirable"]]
-    undesirable = [example for example in examples if not example["desirable"]]
-    if not desirable or not undesirable:
+    classes = [[e for e in examples if e["desirable"] == label] for label in (False, True)]
+    smaller, larger = sorted(classes, key=len)
+    if not smaller:
         raise common.UserError(
-            f"--data {config.data}: every label is {bool(desirable)}; this loss learns from "
+            f"--data {config.data}: every label is {larger[0]['desirable']}; this loss learns from "
             "desirable and undesirable completions: add rows of the other kind, or use sft.py"
         )
-    return max(desirable, undesirable, key=len), min(undesirable, desirable, key=len)
+    return larger, smaller
 
 
 def steps_per_epoch(examples: list[dict], config: Config) -> int:

@@ -113,6 +113,21 @@ def tokenise(texts: list[tuple[str, list[str]]], tokenizer, config) -> list[dict
     return examples
 
 
+def add_partners(examples: list[dict], config) -> None:
+    """Give each example a partner: its prompt with a completion of another, drawn once, seeded."""
+    prompts = [example["prompt_ids"].tobytes() for example in examples]
+    if len(set(prompts)) == 1:
+        raise UserError(f"--data {config.data}: mismatched needs two different prompts")
+    rng = np.random.default_rng(config.seed)
+    for example, prompt in zip(examples, prompts):
+        number = rng.integers(len(examples))
+        while prompts[number] == prompt:
+            number = rng.integers(len(examples))
+        room = config.max_length - len(example["prompt_ids"])
+        ids = [examples[number]["completions_ids"][0][:room]]
+        example["partner"] = {"prompt_ids": example["prompt_ids"], "completions_ids": ids}
+
+
 def completion_tokens(examples: Sequence[dict]) -> int:
     """The number of completion tokens in these examples."""
     return sum(len(ids) for example in examples for ids in example["completions_ids"])

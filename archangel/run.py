@@ -24,6 +24,7 @@ import transformers
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
@@ -93,6 +94,22 @@ def writing(path: Path):
         raise UserError(
             f"{path}: cannot be written, {reason}; mend it, go on by --resume"
         ) from None
+
+
+def read_column(path: Path, size: int) -> Tensor | None:
+    """The reference's log-probabilities (size,) kept there; None if there are none, or damaged."""
+    with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError):
+        column = load_file(path)["logps"]
+        return column if len(column) == size else None
+
+
+def write_column(path: Path, column: Tensor) -> None:
+    """Keep the reference's log-probabilities (N,), whole or not at all."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # two runs may write the same column
+        save_file({"logps": column}, partial)
+        partial.rename(path)
 
 
 def checkpoint_tensors(policy: nn.Module, model: dict, optimizer: dict) -> dict[str, Tensor]:

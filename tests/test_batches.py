@@ -91,7 +91,7 @@ def test_partners_are_of_another_prompt_drawn_once_and_fit():
         }
         for i in range(50)
     ]
-    kto.add_partners(rows, settings(8))
+    common.add_partners(rows, settings(8))
     partners = [row["partner"] for row in rows]
     for row, partner in zip(rows, partners):
         assert partner["prompt_ids"] is row["prompt_ids"]
@@ -100,11 +100,11 @@ def test_partners_are_of_another_prompt_drawn_once_and_fit():
         assert rows[ids[0]]["prompt_ids"].tobytes() != row["prompt_ids"].tobytes()
         assert 1 <= len(ids) <= len(whole) and len(row["prompt_ids"]) + len(ids) <= 30
     again = [dict(row) for row in rows]
-    kto.add_partners(again, settings(8))
+    common.add_partners(again, settings(8))
     assert [r["partner"]["completions_ids"][0].tolist() for r in again] == [
         partner["completions_ids"][0].tolist() for partner in partners
     ]
-    kto.add_partners(again, settings(8, seed=2))
+    common.add_partners(again, settings(8, seed=2))
     assert any(
         not np.array_equal(r["partner"]["completions_ids"][0], partner["completions_ids"][0])
         for r, partner in zip(again, partners)
@@ -116,4 +116,4 @@ def test_one_class_or_one_prompt_is_refused():
         kto.halves(examples(0, 3), settings(4))
     same = [{"prompt_ids": np.ones(3), "completions_ids": [np.ones(1)]} for _ in range(3)]
     with pytest.raises(common.UserError, match="two different prompts"):
-        kto.add_partners(same, settings(4))
+        common.add_partners(same, settings(4))
