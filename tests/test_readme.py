@@ -1,5 +1,6 @@
 """The README's commands run, or, where they need GPUs or the hub, are read by the command line."""
 
+import ast
 import os
 import re
 import shlex
@@ -144,6 +145,57 @@ def test_files_flags_and_functions_named_are_there():
         for script, functions in re.findall(r"`(\w+\.py)`: ((?:`\w+`(?:, )?)+)", row):
             for function in re.findall(r"`(\w+)`", functions):
                 assert re.search(rf"^def {function}\(", (ROOT / script).read_text(), re.M), function
+
+
+def equation_table() -> dict[str, list[str]]:
+    """What the report has, to where it is, is tested and is drawn."""
+    section = README.split("## Equations and figures\n")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+def named(cell: str) -> list[tuple[str, str]]:
+    """(file, function) for every `file.py`: `function`, `function` in a cell."""
+    found = re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", cell)
+    return [(file, name) for file, names in found for name in re.findall(r"`(\w+)`", names)]
+
+
+def source_of(file: str, name: str) -> str:
+    """The source of a top-level function."""
+    text = (ROOT / file).read_text()
+    found = [node for node in ast.parse(text).body if getattr(node, "name", "") == name]
+    assert found, f"{file} has no {name}"
+    return ast.get_source_segment(text, found[0])
+
+
+def test_the_equation_table_has_all_of_the_report():
+    table = equation_table()
+    for mark in [f"({i})" for i in range(1, 8)] + ["reward model", "later paper", "offline PPO"]:
+        assert any(mark in what for what in table), mark
+    figures = " ".join(what for what in table if what.startswith("Figure"))
+    assert set(re.findall(r"\b\d\b", figures)) >= set("12345")
+    assert all(len(cells) == 3 and all(cells) for cells in table.values())
+
+
+@pytest.mark.parametrize("what", equation_table())
+def test_the_equation_table_is_true(what):
+    where, tested, drawn = equation_table()[what]
+    tag = re.match(r"\(\d\)", what)
+    sources = [source_of(file, name) for file, name in named(where)]
+    if tag and tag[0] in "(1)(4)(5)(6)(7)":  # the trainers compute no (2), and (3) for metrics only
+        assert tag[0] in sources[0]
+    assert sources or tag[0] == "(2)"
+    assert named(tested)
+    for file, name in named(tested):
+        assert name.startswith("test_") and source_of(file, name)
+    targets = re.findall(r"\[\d\]\(([\w/.]+)\)([^;,]*)", drawn)
+    assert targets
+    for target, heading in targets:
+        assert (ROOT / target).exists(), target
+        if target.endswith(".ipynb"):
+            plain = (ROOT / target).with_suffix(".py").read_text()
+            headings = re.findall(r"^# ##+ (?:\d\. |\(\d\) )?(.*)$", plain, re.M)
+            assert any(line.startswith(heading.strip()) for line in headings), heading
 
 
 def test_doc_commands_are_the_readme_s():
