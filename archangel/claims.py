@@ -188,7 +188,21 @@ def examine_all(tables: dict[str, dict[str, Table]], made: dict[str, list[Claim]
         for claim in its_claims
         if seeds_of(claim, tables[model].get(claim.measure, {}))
     ]
+    return judged(records)
+
+
+def judged(records: list[dict]) -> list[dict]:
+    """The records with what depends on all of them: corrected p-values, and what they mean here.
+
+    For a claim of a par also `prompts_needed`: how many it takes to show one, so corrected, of two
+    methods that do not differ, where the contrast varies from prompt to prompt as much as this.
+    """
     for record, p in zip(records, statistics.holm([record["p"] for record in records])):
         record["p_holm"] = p
         record["here"] = decide(record)
+        if record["kind"] == "par":
+            low, high = record["interval_95"]
+            se = (high - low) / 2 / stats.norm.ppf(0.975)
+            sd, level = se * np.sqrt(record["prompts"]), 0.05 / len(records)
+            record["prompts_needed"] = statistics.prompts_needed(sd, level=level)
     return records

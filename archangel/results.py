@@ -1,9 +1,12 @@
 """From the suite's replies and verdicts to numbers, pictures and a plain report.
 
-`numbers.json` has all that the pictures and the report are made of, so that both can be made again
-from it alone: `draw(json.loads(path.read_text()), folder)`.
+`numbers.json` has all that pictures and tables are made of, so that they can be made again from it
+alone, and from the numbers of several suites, of one size each or of one machine each:
+
+    python -m archangel.results runs/suite/numbers.json runs/larger/numbers.json --out runs/both
 """
 
+import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -145,6 +148,7 @@ def numbers_of_theorem(
 
 
 def gather(
+    data: str,
     folders: dict[str, Folders],
     models: dict[str, Path],
     methods: Sequence[str],
@@ -154,12 +158,13 @@ def gather(
 ) -> dict:
     """All numbers of a suite, of what is there.
 
-    folders: model to arm to seed to folder; models: their own folders. ablations: title to value to
-    arm. contradictory: arm to (share of agreeing labels, loss). replies: (prompt, the majority's,
-    the minority's).
+    data: what it trained on. folders: model to arm to seed to folder; models: their own folders.
+    ablations: title to value to arm. contradictory: arm to (share of agreeing labels, loss).
+    replies: (prompt, the majority's, the minority's).
     """
-    numbers = {"margin": statistics.MARGIN, "models": [], "methods": [], "ablations": []}
-    numbers["contradictory"], tables, made = [], {}, {}
+    numbers = {"margin": statistics.MARGIN, "data": data, "models": [], "methods": []}
+    numbers |= {"ablations": [], "contradictory": []}
+    tables, made = {}, {}
     for model, arms in folders.items():
         numbers["models"].append({"name": model, "parameters": parameters(models[model])})
         judged = {arm: seeds for arm, seeds in arms.items() if arm not in contradictory}
@@ -228,7 +233,7 @@ def between(ends: Sequence[float], digits: int = 3) -> str:
 
 def claims_table(records: Sequence[dict]) -> str:
     """The claims in markdown; effects in win rate, tokens or probability."""
-    head = "claim,model,contrast,effect,95% interval,test,p (Holm),seeds,here".split(",")
+    head = "claim,model,contrast,effect,95% interval,test,p (Holm),prompts: had (needed),seeds,here"
     rows = []
     for record in records:
         digits = 1 if record["measure"] == "tokens" else 3
@@ -236,9 +241,10 @@ def claims_table(records: Sequence[dict]) -> str:
         row = [record["claim"], record["model"], record["contrast"]]
         row += [f"{record['effect']:+.{digits}f}{unit}", between(record["interval_95"], digits)]
         p, seeds = record["p_holm"], len(record["by_seed"])
-        row += [f"{record['test']}, {record['kind']}", f"{p:.2g}", f"{seeds}"]
-        rows.append([*row, f"**{record['here']}**"])
-    return table_of(head, rows)
+        row += [f"{record['test']}, {record['kind']}", f"{p:.2g}"]
+        needed = f" ({record['prompts_needed']})" if "prompts_needed" in record else ""
+        rows.append([*row, f"{record['prompts']}{needed}", f"{seeds}", f"**{record['here']}**"])
+    return table_of(head.split(","), rows)
 
 
 def methods_table(rows: Sequence[dict]) -> str:
@@ -280,33 +286,36 @@ def seeds_range(figures: dict) -> str:
     return f"{min(figures['by_seed']):+.3f} to {max(figures['by_seed']):+.3f}"
 
 
-def report(numbers: dict, pictures: Sequence[tuple[str, str]], about: dict) -> str:
+def report(numbers: dict, pictures: Sequence[tuple[str, str]], about: dict | None = None) -> str:
     """The report in markdown.
 
-    about: data, judge, seeds, prompts, commands (one an arm), seconds, failed (name to why).
+    about: judge, seeds, prompts, commands (one an arm), seconds, failed (name to why).
     """
     sizes = ", ".join(f"{m['name']} ({m['parameters']:,} parameters)" for m in numbers["models"])
-    parts = [
-        "# What the suite found",
-        f"Models: {sizes}. Data: {about['data']}. Judge: {about['judge']}. Training seeds: "
-        f"{about['seeds']}. Prompts: {about['prompts']}, held out, the same for all; the same "
-        f"sampling seed. All stages together took {about['seconds']:.0f} s.",
-    ]
-    if about["failed"]:
-        parts.append("**Not everything ran**, so something is missing below:")
-        parts.append("\n".join(f"- {name}: {why}" for name, why in about["failed"].items()))
+    parts = ["# What the suite found", f"Models: {sizes}. Data: {numbers['data']}."]
+    if about:
+        parts[-1] += (
+            f" Judge: {about['judge']}. Training seeds: {about['seeds']}. Prompts: "
+            f"{about['prompts']}, held out, the same for all; the same sampling seed. All stages "
+            f"together took {about['seconds']:.0f} s."
+        )
+        if about["failed"]:
+            parts.append("**Not everything ran**, so something is missing below:")
+            parts.append("\n".join(f"- {name}: {why}" for name, why in about["failed"].items()))
     for name, caption in pictures:
         parts += [f"![{caption.split('. ')[0]}]({name})", caption]
     if numbers["methods"]:
         parts += ["## Methods", methods_table(numbers["methods"])]
     if numbers["claims"]:
         parts.append("## The report's claims, here")
-        parts += [CAUTION] if about["data"] == "toy" else []
+        parts += [CAUTION] if numbers["data"] == "toy" else []
         parts += [
             "The rules were fixed in `archangel/claims.py` before any result was seen: *above* is "
             "a contrast above 0, *par* one within the margin of "
             f"{numbers['margin']}, *not below* one above minus the margin; p-values are corrected "
-            "for their number. Intervals and tests are over prompts; *above* asks every seed too.",
+            "for their number. Intervals and tests are over prompts; *above* asks every seed too. "
+            "*Needed* are the prompts that show a par, so corrected, with a chance of 0.8 where "
+            "two methods do not differ at all.",
             claims_table(numbers["claims"]),
             "The report's claims on sizes (SFT+DPO is ahead at 30B) need its sizes.",
         ]
@@ -314,11 +323,67 @@ def report(numbers: dict, pictures: Sequence[tuple[str, str]], about: dict) -> s
         parts += ["## Ablations", ablations_table(numbers["ablations"])]
     if numbers["contradictory"]:
         parts += ["## Contradictory labels", contradictory_table(numbers["contradictory"])]
-    parts += ["## Commands", "```bash\n" + "\n".join(about["commands"]) + "\n```"]
+    if about:
+        parts += ["## Commands", "```bash\n" + "\n".join(about["commands"]) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
 
-def write(out: Path, numbers: dict, about: dict) -> None:
+def write(out: Path, numbers: dict, about: dict | None = None) -> None:
     """Write numbers.json, the pictures and report.md to `out`."""
+    out.mkdir(parents=True, exist_ok=True)
     judge.write(out / "numbers.json", json.dumps(numbers, indent=2) + "\n")
     judge.write(out / "report.md", report(numbers, draw(numbers, out), about))
+
+
+def together(several: Sequence[dict]) -> dict:
+    """The numbers of several suites as of one: their p-values are corrected together.
+
+    Where two have the same claim of the same model, the first's stands. Raises UserError where two
+    have the same result, or other data.
+    """
+    whole = {"margin": statistics.MARGIN, "data": several[0]["data"], "models": []}
+    if any(numbers["data"] != whole["data"] for numbers in several):
+        raise common.UserError("the suites are about different data: no one table can hold both")
+    same = {  # what names a row
+        "methods": ("model", "arm"),
+        "ablations": ("model", "ablation", "value"),
+        "contradictory": ("model", "share", "loss"),
+        "claims": ("model", "claim"),
+    }
+    for table, keys in same.items():
+        rows = {}
+        for row in (row for numbers in several for row in numbers[table]):
+            name = tuple(row[key] for key in keys)
+            if name in rows and table != "claims":
+                raise common.UserError(f"{table}: {', '.join(map(str, name))} is there twice")
+            rows.setdefault(name, row)
+        whole[table] = list(rows.values())
+    for numbers in several:
+        whole["models"] += [m for m in numbers["models"] if m not in whole["models"]]
+    whole["claims"] = claims.judged(whole["claims"])
+    return whole
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m archangel.results",
+        description="Pictures, tables and numbers.json of one or several suites' numbers.json.",
+    )
+    parser.add_argument("numbers", nargs="+", type=Path, help="numbers.json of suites")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for what is made")
+    given = parser.parse_args(arguments)
+    with common.exit_status():
+        several = []
+        for path in given.numbers:
+            try:
+                several.append(json.loads(path.read_text()))
+            except (OSError, ValueError) as error:
+                raise common.UserError(f"{path}: {error}") from None
+            if not isinstance(several[-1], dict) or not several[-1].keys() >= {"data", "claims"}:
+                raise common.UserError(f"{path}: is not a suite's numbers.json")
+        write(given.out, together(several))
+        print(f"the report is {given.out / 'report.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -374,6 +374,7 @@ def collect(given: argparse.Namespace, stages: Sequence[Stage], failed: dict[str
     records = [record_of(stage, given.out) for stage in stages]
     records = [json.loads(path.read_text()) for path in records if path.exists()]
     numbers = results.gather(
+        given.data,
         folders,
         models={label(model): common.find_model(model) for model in given.models},
         methods=("base", *METHODS) if "methods" in given.experiment else (),
@@ -386,7 +387,6 @@ def collect(given: argparse.Namespace, stages: Sequence[Stage], failed: dict[str
         replies=two_replies(),
     )
     about = {
-        "data": given.data,
         "judge": given.judge_model if given.judge == "server" else given.judge,
         "seeds": given.seeds,
         "prompts": given.n,

@@ -360,6 +360,15 @@ def test_claims_of_the_ablations_and_the_theorem():
     }
 
 
+def test_prompts_needed_for_a_par_are_those_of_its_spread():
+    made = table(seeds=1, prompts=2000, kto=0.5, dpo=0.5)
+    claim = claims.Claim("c", {"kto": 1.0, "dpo": -1.0}, "par")
+    (record,) = claims.examine_all({"m": {"win": made}}, {"m": [claim]})
+    sd = np.std(made["kto"][1] - made["dpo"][1], ddof=1)
+    needed = statistics.prompts_needed(sd)
+    assert record["prompts_needed"] == pytest.approx(needed, rel=0.1)
+
+
 def test_not_below():
     rng = np.random.default_rng(0)
     a, b = rng.random(1000), rng.random(1000)
@@ -441,6 +450,33 @@ def test_prompts_are_those_judged_for_all_in_one_order(tmp_path):
     tables = results.tabulate({arm: {1: tmp_path / arm} for arm in wins})
     assert tables["win"]["kto"][1].tolist() == [1.0, 0.5]
     assert tables["win"]["dpo"][1].tolist() == [0.0, 1.0]
+
+
+def test_results_of_two_suites_together(finished, tmp_path, capsys):
+    given, stages = finished
+    suite.collect(given, stages, {})
+    whole = json.loads((given.out / "numbers.json").read_text())
+    other = json.loads((given.out / "numbers.json").read_text().replace('"toy"', '"small"'))
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, numbers in zip(paths, (whole, {**other, "data": "toy"})):
+        path.write_text(json.dumps(numbers))
+    results.main([*map(str, paths), "--out", str(tmp_path / "both")])
+    both = json.loads((tmp_path / "both" / "numbers.json").read_text())
+    for table in ("methods", "ablations", "models"):
+        assert both[table] == whole[table] + other[table]
+    pvalues = [record["p"] for record in both["claims"]]
+    assert [record["p_holm"] for record in both["claims"]] == statistics.holm(pvalues)
+    pars = [record for record in both["claims"] if record["kind"] == "par"]
+    assert max(record["prompts_needed"] for record in pars) > 40
+    text = (tmp_path / "both" / "report.md").read_text()
+    assert f"40 ({pars[0]['prompts_needed']})" in text and text.count("![") == 9
+
+    capsys.readouterr()
+    for second, said in ((paths[0], "twice"), (given.out / "report.md", "report.md")):
+        with pytest.raises(SystemExit, match="2"):
+            results.main([str(paths[0]), str(second), "--out", str(tmp_path / "none")])
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_failed_is_left_out_and_named(finished, monkeypatch):
