@@ -11,11 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from archangel.claims import optimum_of_dpo
+import dpo
+import kto
+import ppo_offline
+import sft
+import slic
+from archangel.claims import name_of, optimum_of_dpo
 
 COLOURS = {
     "base": "#BBBBBB",
@@ -57,13 +63,11 @@ def size(parameters: int) -> str:
     return f"{parameters / unit:.3g}{name}"
 
 
-def win_rates(numbers: dict, path: Path, arms: Sequence[str]) -> None:
+def bars(axes: Axes, numbers: dict, arms: Sequence[str]) -> None:
     """Bars of win rate minus one half, a group for each model, with both intervals and seeds."""
     models = by_size(numbers)
     rows = {(row["model"], row["arm"]): row for row in numbers["methods"]}
     arms = [arm for arm in arms if any((model["name"], arm) in rows for model in models)]
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
     width = 0.8 / len(arms)
     for k, arm in enumerate(arms):
         hatch = "///" if arm.startswith("sft+") else None
@@ -89,7 +93,54 @@ def win_rates(numbers: dict, path: Path, arms: Sequence[str]) -> None:
     axes.set_ylabel("win rate against the\nchosen reply, minus 0.5")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
+
+
+def win_rates(numbers: dict, path: Path, arms: Sequence[str]) -> None:
+    """A picture of the bars alone."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    bars(figure.add_subplot(), numbers, arms)
     figure.legend(loc="outside right upper", frameon=False)
+    save(figure, path)
+
+
+def pushes(axes: Axes) -> None:
+    """How hard each loss pushes a wanted reply up, by how far it has come: minus its gradient.
+
+    The other reply of a pair stays where it was, and so does KTO's reference point.
+    """
+    r = torch.linspace(-60, 60, 1201, dtype=torch.float64, requires_grad=True)  # nats
+    zero, yes = torch.zeros_like(r), torch.ones_like(r, dtype=torch.bool)
+    one = torch.ones_like(r)
+    losses = {
+        "sft": sft.sft_loss(r),
+        "slic": slic.slic_loss(r, zero, r),  # its target is the wanted reply
+        "dpo": dpo.dpo_loss(r, zero, zero, zero),
+        "ppo": ppo_offline.ppo_offline_loss(r, zero, one, yes),  # of tokens of advantage 1
+        "kto": kto.kto_loss(r, zero, yes, 0.0),
+    }
+    for name, loss in losses.items():
+        (gradient,) = torch.autograd.grad(loss.sum(), r)
+        push = -gradient / gradient.abs().max()
+        label = "PPO, a token" if name == "ppo" else name_of(name)
+        style = "--" if name == "slic" else "-"  # it lies on SFT's for half the way
+        axes.plot(r.detach(), push, style, color=COLOURS[name], label=label, linewidth=2)
+    axes.set_xlabel("how much likelier the wanted reply is\nthan before training, nats")
+    axes.set_ylabel("push upwards, of the largest")
+    axes.set_ylim(-0.05, 1.4)
+    axes.set_yticks([0, 0.5, 1])
+    axes.legend(frameon=False, loc="upper center", ncols=3)
+
+
+@rc_context(STYLE)
+def overview(numbers: dict, path: Path) -> None:
+    """The five losses in one look: how each pushes, and what came out."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    pushes(left)
+    left.set_title("what a loss does", fontsize=11)
+    bars(right, numbers, list(dict.fromkeys(row["arm"] for row in numbers["methods"])))
+    right.set_title("what came of it", fontsize=11)
+    right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
 

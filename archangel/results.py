@@ -205,6 +205,10 @@ def draw(numbers: dict, out: Path) -> list[tuple[str, str]]:
 
     bars = "Thick lines are 75% intervals, thin ones 95%, over prompts; dots are seeds."
     if numbers["methods"]:
+        text = (
+            "How hard each loss pushes a wanted reply, by how far it has come; and what came of it"
+        )
+        add("overview.png", f"{text}. {bars}", figures.overview)
         text = "Win rate against the chosen reply, minus one half, by method and size"
         add("figure_2.png", f"Figure 2. {text}. {bars}", figures.figure2)
         text = "How long replies are, and how many end by themselves"

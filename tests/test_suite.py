@@ -434,7 +434,7 @@ def test_numbers_report_and_pictures(finished):
     for line in text.splitlines():
         if line.startswith("!["):
             assert (given.out / line.rpartition("(")[2].rstrip(")")).stat().st_size > 5000
-    assert text.count("![") == 3 + len(suite.ABLATIONS)
+    assert text.count("![") == 4 + len(suite.ABLATIONS)
     assert not list(given.out.glob("*.part"))
 
 
@@ -469,7 +469,7 @@ def test_results_of_two_suites_together(finished, tmp_path, capsys):
     pars = [record for record in both["claims"] if record["kind"] == "par"]
     assert max(record["prompts_needed"] for record in pars) > 40
     text = (tmp_path / "both" / "report.md").read_text()
-    assert f"40 ({pars[0]['prompts_needed']})" in text and text.count("![") == 9
+    assert f"40 ({pars[0]['prompts_needed']})" in text and text.count("![") == 10
 
     capsys.readouterr()
     for second, said in ((paths[0], "twice"), (given.out / "report.md", "report.md")):
@@ -509,8 +509,8 @@ def test_pictures_of_two_sizes_and_of_contradictory_labels(tmp_path):
             numbers["contradictory"].append({**one, "probability": figure})
     assert [m["name"] for m in figures.by_size(numbers)] == ["small", "toy"]
     assert results.draw(numbers, tmp_path) and (tmp_path / "contradictory.png").exists()
-    files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"figure_2.png", "figure_3.png", "figure_5.png", "contradictory.png"}
+    names = ("overview", "figure_2", "figure_3", "figure_5", "contradictory")
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in names}
 
 
 def test_one_method_from_rows_to_report(tmp_path, monkeypatch):
