@@ -29,6 +29,8 @@ SHARED = {
     "global_batch ": ["kto", "ppo_offline"],
     "summarise": ["dpo", "slic"],
 }
+# A script made from another: what its parent shares with anyone, it shares with its parent.
+COPIES = {"tests/sixth_loss/ipo": "dpo"}
 REFERENCE = [
     "-    for examples in (train_set, test_set):",
     "-        common.add_reference_logps(policy, examples, run)",
@@ -49,6 +51,7 @@ ALLOWED = {  # (function, script): the lines in which it may differ, and why
 }
 
 SIZES = {"kto": 188, "dpo": 130, "slic": 130, "ppo_offline": 190, "sft": 110, "common": 260}
+SIZES |= {copy: SIZES[parent] for copy, parent in COPIES.items()}
 
 
 def source(script: str) -> str:
@@ -87,6 +90,12 @@ def difference(theirs: list[str], ours: list[str]) -> list[str]:
 PAIRS = [
     (name.strip(), scripts[0], script) for name, scripts in SHARED.items() for script in scripts[1:]
 ]
+PAIRS += [
+    (name.strip(), parent, copy)
+    for copy, parent in COPIES.items()
+    for name, scripts in SHARED.items()
+    if parent in scripts
+]
 
 
 @pytest.mark.parametrize("name, first, script", PAIRS)
@@ -98,20 +107,20 @@ def test_shared_function_is_the_same_text(name, first, script):
     )
 
 
-@pytest.mark.parametrize("script", SCRIPTS[1:])
+@pytest.mark.parametrize("script", [*SCRIPTS[1:], *COPIES])
 def test_shared_settings_are_the_same_text(script):
     found = difference(shared_settings(SCRIPTS[0]), shared_settings(script))
     assert not found, "settings differ (python tests/test_alike.py):\n" + "\n".join(found)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *COPIES])
 def test_a_script_reads_in_the_one_order(script):
     text = source(script)
     landmarks = [
         '"""',
         "import common",
         "class Config:",
-        f"def {script}_loss(",
+        f"def {Path(script).name}_loss(",
         "def make_examples(",
     ]
     landmarks += ["def global_batch(", "def micro_batch_losses(", "def summarise(", "def evaluate("]
@@ -151,6 +160,6 @@ if __name__ == "__main__":
         print("\n".join(difference(function(first, name), function(script, name))) or "the same")
     for script in SIZES:
         print(f"{script}.py: {code_lines(script)} lines of code")
-    for script in SCRIPTS[1:]:
+    for script in [*SCRIPTS[1:], *COPIES]:
         print(f"\nConfig: {SCRIPTS[0]}.py and {script}.py")
         print("\n".join(difference(shared_settings("kto"), shared_settings(script))) or "the same")

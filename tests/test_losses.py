@@ -10,6 +10,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from pytest import approx
+from sixth_loss import ipo
+from sixth_loss.ipo import ipo_loss
 
 import dpo
 import kto
@@ -22,14 +24,15 @@ from ppo_offline import gae, ppo_offline_loss, rlhf_value
 from sft import sft_loss
 from slic import slic_loss, slic_value
 
-MODULES = [sft, dpo, slic, ppo_offline, kto]
-LOSSES = [sft_loss, dpo_loss, slic_loss, ppo_offline_loss, kto_loss]
+MODULES = [sft, dpo, slic, ppo_offline, kto, ipo]
+LOSSES = [sft_loss, dpo_loss, slic_loss, ppo_offline_loss, kto_loss, ipo_loss]
 VALUES = [dpo_value, slic_value, rlhf_value, kto_value, kahneman_tversky_value]
 OTHERS = [gae, kl_from_other_half]
 B, T = 6, 5
 # Not the defaults, and no float32 numbers: a step taken in float32 shows in float64.
 SETTINGS = {
     dpo_loss: {"beta": 0.3},
+    ipo_loss: {"beta": 0.3},
     slic_loss: {"beta": 1.3, "lambda_reg": 0.17},
     ppo_offline_loss: {"epsilon": 0.3},
     kto_loss: {"beta": 0.3, "desirable_weight": 1.33, "undesirable_weight": 0.7},
