@@ -73,7 +73,7 @@ class Batch:
         return self.pad(values).sum(1)
 
 
-def make_batch(examples, device="cpu", pad_id=0, shared=True, indices=None) -> Batch:
+def make_batch(examples: list[dict], device="cpu", pad_id=0, shared=True, indices=None) -> Batch:
     """Lay out examples {"prompt_ids", "completions_ids"}, each prompt once: x y_w y_l in one row.
 
     shared=False: each completion in a row of its own, after its own copy of the prompt. No
@@ -114,7 +114,9 @@ def make_batch(examples, device="cpu", pad_id=0, shared=True, indices=None) -> B
     return Batch(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
 
 
-def completion_logps(model, batch: Batch, return_hidden: bool = False):
+def completion_logps(
+    model: nn.Module, batch: Batch, return_hidden: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability (N,) of every completion token, in nats, at least float32, in input order.
 
     The output head runs on the hidden states that predict completion tokens and on nothing else,
@@ -147,7 +149,7 @@ def completion_logps(model, batch: Batch, return_hidden: bool = False):
     return (torch.cat(logps), hidden) if return_hidden else torch.cat(logps)
 
 
-def _head_logps(model, hidden: Tensor, targets: Tensor) -> Tensor:
+def _head_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Hidden states (n, H) and targets (n,) to log-probabilities (n,), by the model's own head."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)  # (n, V)
@@ -168,7 +170,9 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.value_head, self.bfloat16 = lm, value_head, bfloat16
 
-    def forward(self, batch: Batch, with_values: bool = False, plain: bool = False):
+    def forward(
+        self, batch: Batch, with_values=False, plain=False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities (N,) of the completion tokens; with_values, also values (N,).
 
         plain: from all logits of the model's own forward pass, for the self-check.

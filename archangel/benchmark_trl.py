@@ -34,11 +34,11 @@ class TakeTurns(TrainerCallback):
     def __init__(self, turns: Turns):
         self.turns, self.losses = turns, []
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args, state, control, **_) -> None:
         """The first step's turn."""
         self.turns.wait()
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args, state, control, **_) -> None:
         """The end of a turn. After the warm-up the epoch starts again, over all rows."""
         self.turns.stop()
         self.turns.tell(loss=torch.stack(self.losses).mean().item())
@@ -72,7 +72,7 @@ def settings(config: Config, options: Options, folder: Path) -> dict:
     }
 
 
-def trainer_class(method: str):
+def trainer_class(method: str) -> tuple[type, type, dict]:
     """TRL's trainer, its settings' class, and what this loss needs of them."""
     import trl
 

@@ -108,7 +108,9 @@ def claims_of_theorem(contradictory: dict[str, tuple[float, str]], gap: float) -
     return made
 
 
-def optimum_of_dpo(majority: np.ndarray | float, gap: float, beta: float = 0.1):
+def optimum_of_dpo(
+    majority: np.ndarray | float, gap: float, beta: float = 0.1
+) -> np.ndarray | float:
     """The majority's reply's share of the two at DPO's optimum, where the base has it gap behind.
 
     DPO's loss on labels of which a share p = majority agree is least where beta times the change

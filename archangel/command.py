@@ -9,9 +9,12 @@ import os
 import re
 import sys
 import typing
+from collections.abc import Iterable, Iterator
 
 import torch.distributed as dist
 from tqdm import tqdm
+
+T = typing.TypeVar("T")
 
 
 class UserError(ValueError):
@@ -38,11 +41,11 @@ def check_settings(config, above_zero: tuple[str, ...] = ()) -> None:
         )
 
 
-def parse(config_class: type, description: str):
+def parse(config_class: type[T], description: str) -> T:
     """The command line as a `config_class`, whose comments are the lines of --help."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
 
-    def fail(message: str):
+    def fail(message: str) -> None:
         raise UserError(f"{message} (--help lists the settings)")
 
     parser = argparse.ArgumentParser(
@@ -66,7 +69,7 @@ def parse(config_class: type, description: str):
 
 
 @contextlib.contextmanager
-def exit_status():
+def exit_status() -> Iterator[None]:
     """Exit with 2 and one line for what the user must mend, with 75 when interrupted."""
     status = 0
     try:
@@ -88,6 +91,6 @@ def exit_status():
         raise SystemExit(status)
 
 
-def progress(iterable, description: str):
+def progress(iterable: Iterable[T], description: str) -> Iterable[T]:
     """A bar on process 0 for whatever takes more than a few seconds."""
     return tqdm(iterable, description, delay=2, disable=os.environ.get("RANK", "0") != "0")

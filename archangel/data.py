@@ -40,6 +40,7 @@ from pathlib import Path
 
 from filelock import FileLock
 from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common import UserError, exit_status
 
@@ -86,7 +87,7 @@ def convert_each(raw_rows: Iterable[dict], to_row: Callable, counts: Counts) -> 
             yield row
 
 
-def field(row: dict, name: str, kind: type | tuple = str):
+def field(row: dict, name: str, kind: type | tuple = str) -> object:
     """The value of a column, which must be there and of that kind (text unless said)."""
     if not isinstance(row.get(name), kind):
         raise Dropped(f"no usable {name!r} among the columns {', '.join(map(str, row))}")
@@ -530,10 +531,8 @@ def prepare() -> Path:
     return folder
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer that has a chat template."""
-    from transformers import AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from archangel.command import Interrupted, UserError
 from archangel.rows import TOY, completion_tokens, example_tokens, examples_sha256, longest_sequence
@@ -68,7 +68,7 @@ def find_model(name: str) -> Path:
     return path
 
 
-def load_tokenizer(path: Path):
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a causal language model's folder. Raises UserError if it is not one."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -85,7 +85,7 @@ def load_tokenizer(path: Path):
 
 
 @contextlib.contextmanager
-def writing(path: Path):
+def writing(path: Path) -> Iterator[None]:
     """Raise UserError that names `path` where it cannot be written: no space, no permission."""
     try:
         yield
