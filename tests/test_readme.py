@@ -1,18 +1,22 @@
 """The README's commands run, or, where they need GPUs or the hub, are read by the command line."""
 
 import ast
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 import common
 import kto
+from archangel import judge, sample
 
 ROOT = Path(common.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -66,6 +70,46 @@ def test_sampling_and_judging(checkout):
         if "archangel.sample toy" in line or "archangel.judge" in line:
             shown = run(line.replace("--n 500", "--n 4").replace("kto.jsonl ", ""), checkout)
     assert "95% interval" in shown
+
+
+class Completions(BaseHTTPRequestHandler):
+    """A server of completions, as vLLM's documentation has it."""
+
+    def do_POST(self):
+        ask = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, ask))
+        choice = {"text": f" Reply {len(self.server.asked)}.", "finish_reason": "stop"}
+        body = json.dumps({"choices": [choice], "usage": {"completion_tokens": 4}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_sampling_from_a_server(tmp_path, monkeypatch):
+    text = (ROOT / "archangel" / "README.md").read_text()
+    program = re.search(r"<!-- sampling from a server -->\n```python\n(.*?)```", text, re.S)[1]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    program = program.replace("localhost:8000", f"127.0.0.1:{server.server_port}")
+    monkeypatch.chdir(tmp_path)
+    try:
+        exec(program.replace('read_prompts("archangel", 512)', 'read_prompts("toy", 5)'), {})
+    finally:
+        server.shutdown()
+        server.server_close()
+    prompts = [row["prompt"] for row in sample.read_prompts("toy", 5)]
+    assert [ask["prompt"] for _, ask in server.asked] == prompts
+    assert {path for path, _ in server.asked} == {"/v1/completions"}
+    assert all(ask["top_p"] == 0.95 and ask["max_tokens"] == 512 for _, ask in server.asked)
+    rows = judge.read_replies(tmp_path / "replies.jsonl")
+    assert [(row["reply"], row["ended"]) for row in rows] == [
+        (f" Reply {i}.", True) for i in range(1, 6)
+    ]
 
 
 def test_ci_runs_the_test_command():
