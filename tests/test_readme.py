@@ -242,6 +242,19 @@ def test_the_equation_table_is_true(what):
             assert any(line.startswith(heading.strip()) for line in headings), heading
 
 
+def test_links_within_the_project_lead_somewhere():
+    """Files are there, and so are the headings named after a #, as a code host names them."""
+    found = re.findall(r"\]\((?!https?:)([\w./]*)(?:#([\w-]+))?\)", README)
+    assert len(found) > 20
+    for file, heading in found:
+        assert (ROOT / file).exists(), file
+        if heading:
+            text = (ROOT / (file or "README.md")).read_text()
+            titles = re.findall(r"^#+ (.*)$", text, re.M)
+            names = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+            assert heading in names, f"{file}#{heading}"
+
+
 def test_doc_commands_are_the_readme_s():
     """Each script's docstring names its two commands: a laptop's and eight GPUs'."""
     for script in ("kto", "dpo", "slic", "ppo_offline", "sft"):
