@@ -9,15 +9,12 @@ import re
 
 import pytest
 import test_train
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest import approx
 from sixth_loss.ipo import ipo_loss
 from test_alike import difference, source
 from test_losses import exactly, gradients
-
-import common
 
 IPO = "tests/sixth_loss/ipo"
 nats = st.floats(-300, 300)
@@ -101,22 +98,7 @@ def test_ipo_gradient(chosen, rejected, reference_chosen, reference_rejected, be
         assert (slopes[0] < 0 < slopes[1]) == (missing > 0) != (slopes[1] < 0 < slopes[0])
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A few of the toy's rows."""
-    folder = tmp_path_factory.mktemp("data")
-    for split, rows in {"train": 72, "test": 24}.items():
-        lines = (common.TOY / "data" / f"{split}.jsonl").read_text().splitlines()[:rows]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+data, one_thread = test_train.data, test_train.one_thread  # fixtures
 
 
 def test_ipo_trains_and_its_margin_grows(data, tmp_path):
