@@ -7,8 +7,9 @@ In the order of a run:
     add_reference_logps               the log-probabilities that training starts from
     make_optimizer, clip_gradient     the rest of a step
 
-What is not about training stands in archangel/ and goes by this module's name too: the command line
-(command.py), rows to token ids and their order (rows.py), a run's folder and checkpoints (run.py).
+What is not about training lives in archangel/ and is imported here, so that a script needs this
+module alone: the command line (command.py), rows to token ids and their order (rows.py), a run's
+folder and checkpoints (run.py).
 """
 
 import dataclasses
@@ -30,7 +31,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from archangel.command import Interrupted, UserError, check_settings, exit_status, parse, progress
 from archangel.rows import (
-    EVAL_ROWS,
     TOY,
     add_partners,
     completion_tokens,
@@ -38,6 +38,7 @@ from archangel.rows import (
     example_tokens,
     examples_sha256,
     longest_sequence,
+    read_data,
     read_rows,
     sharing_pays,
     tokenise,

@@ -40,13 +40,13 @@ class Config:
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
     batch_size: int = 32  # examples an optimizer step, over all processes (the report)
-    micro_batch_tokens: int = 8192  # most tokens a process runs at once: the one memory knob
+    micro_batch_tokens: int = 8192  # most tokens a process runs at once; fewer need less memory
     lr: float = 5e-7  # learning rate after warm-up (HALOs)
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # RMSprop (HALOs) or the later paper's AdamW
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled to at most this norm (HALOs)
     max_length: int = 2048  # most tokens of a prompt and a completion together (HALOs)
-    max_prompt_length: int = 1024  # a prompt is cut no shorter than this, in tokens (HALOs)
+    max_prompt_length: int = 1024  # a too long prompt keeps at least so many tokens (HALOs)
     truncate_prompt: Literal["start", "end"] = "start"  # which side of a too long prompt goes
     seed: int = 1  # of the order of the data (HALOs)
     eval_every: int = 0  # steps between held-out figures; 0: at start and end only
@@ -171,9 +171,9 @@ def evaluate(policy, examples: list[dict], config: Config, run: common.Run) -> d
 def train(config: Config) -> None:
     """Train --model on --data into --out."""
     run = common.Run(config)
-    rows, held_out = (common.read_rows(config.data, split, FORMS) for split in ("train", "test"))
+    rows, held_out = common.read_data(config.data, FORMS)
     train_set = make_examples(rows, run.tokenizer, config)
-    test_set = make_examples(held_out[: common.EVAL_ROWS], run.tokenizer, config)
+    test_set = make_examples(held_out, run.tokenizer, config)
     steps = config.max_steps or config.epochs * steps_per_epoch(train_set, config)
     if not run.start(train_set, test_set, steps):
         return

@@ -7,10 +7,11 @@ A person judges one reply at a time, as desirable or not, against what they expe
                sigmoid(beta * (kl - r(x, y)))    if y is undesirable
     loss     = weight * (1 - utility), its mean over the global batch
 
-`kl`, the reference point, estimates KL(pi || pi_ref): what a reply of the policy is worth anyway.
-By --kl other_half (the report's) each class is measured against the mean of r over the other class;
-mismatched (the later paper's) measures all against the mean of r over replies to other prompts;
-zero does without. A negative mean counts as 0.
+`kl`, the reference point, stands for KL(pi || pi_ref), what a reply of the policy is worth anyway;
+it is measured, as in the report, on the replies of the data, not on the policy's own. By --kl
+other_half (the report's) each class is measured against the mean of r over the other class;
+mismatched (the later paper's) measures all against the mean of r over prompts with replies to
+others; zero does without. A negative mean counts as 0.
 
 Deviations from the report:
  1. The report prints the utility to be maximised; the loss is one minus it, to be minimised.
@@ -49,13 +50,13 @@ class Config:
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
     batch_size: int = 32  # examples an optimizer step, over all processes (the report)
-    micro_batch_tokens: int = 8192  # most tokens a process runs at once: the one memory knob
+    micro_batch_tokens: int = 8192  # most tokens a process runs at once; fewer need less memory
     lr: float = 5e-7  # learning rate after warm-up (HALOs)
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # RMSprop (HALOs) or the later paper's AdamW
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled to at most this norm (HALOs)
     max_length: int = 2048  # most tokens of a prompt and a completion together (HALOs)
-    max_prompt_length: int = 1024  # a prompt is cut no shorter than this, in tokens (HALOs)
+    max_prompt_length: int = 1024  # a too long prompt keeps at least so many tokens (HALOs)
     truncate_prompt: Literal["start", "end"] = "start"  # which side of a too long prompt goes
     seed: int = 1  # of the order of the data (HALOs)
     eval_every: int = 0  # steps between held-out figures; 0: at start and end only
@@ -178,10 +179,12 @@ def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
     return examples
 
 
-def halves(examples: list[dict], config: Config) -> tuple[list[dict], list[dict]]:
+def classes(examples: list[dict], config: Config) -> tuple[list[dict], list[dict]]:
     """The examples of the larger and the smaller class. Raises UserError if there is only one."""
-    classes = [[e for e in examples if e["desirable"] == label] for label in (False, True)]
-    smaller, larger = sorted(classes, key=len)
+    both = [[], []]  # undesirable, desirable
+    for example in examples:
+        both[example["desirable"]].append(example)
+    smaller, larger = sorted(both, key=len)
     if not smaller:
         raise common.UserError(
             f"--data {config.data}: every label is {larger[0]['desirable']}; this loss learns from "
@@ -192,7 +195,7 @@ def halves(examples: list[dict], config: Config) -> tuple[list[dict], list[dict]
 
 def steps_per_epoch(examples: list[dict], config: Config) -> int:
     """Steps in one pass over the larger class, at half a batch a step."""
-    return math.ceil(len(halves(examples, config)[0]) / (config.batch_size // 2))
+    return math.ceil(len(classes(examples, config)[0]) / (config.batch_size // 2))
 
 
 def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
@@ -200,8 +203,8 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
 
     An epoch passes once over the larger class; the smaller one repeats, reshuffled each time.
     """
-    larger, smaller = halves(examples, config)
-    epoch, number = divmod(step, steps_per_epoch(examples, config))
+    larger, smaller = classes(examples, config)
+    epoch, number = divmod(step, math.ceil(len(larger) / (config.batch_size // 2)))
     start = epoch * len(larger) + number * (config.batch_size // 2)
     stop = min(start + config.batch_size // 2, (epoch + 1) * len(larger))
     return [larger[i] for i in common.endless(len(larger), (config.seed, 0), start, stop)] + [
@@ -211,7 +214,7 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
 
 @torch.no_grad()
 def collect_log_ratios(policy, examples: list[dict], run: common.Run) -> torch.Tensor:
-    """(B,) log-ratios of the global batch on every process, by a pass of its own."""
+    """Log-ratios (B,) of examples of the whole batch, on every process, by a pass of its own."""
     parts = [
         (micro.indices, {"r": micro.sum(policy(micro) - micro.reference_logps)})
         for micro in common.micro_batches(examples, run)
@@ -249,12 +252,12 @@ def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, 
     """What metrics.jsonl says of a global batch's figures, (B,) each."""
     desirable = torch.tensor([example["desirable"] for example in batch])
     reward = figures["reward"].cpu()
-    chosen, rejected = reward[desirable].mean().item(), reward[~desirable].mean().item()
+    wanted, unwanted = reward[desirable].mean().item(), reward[~desirable].mean().item()
     return {
         "loss": figures["loss"].mean().item(),
-        "reward_margin": chosen - rejected,
-        "reward_desirable": chosen,
-        "reward_undesirable": rejected,
+        "reward_margin": wanted - unwanted,
+        "reward_desirable": wanted,
+        "reward_undesirable": unwanted,
         "kl": figures["kl"].mean().item(),
     }
 
@@ -279,9 +282,9 @@ def evaluate(policy, examples: list[dict], config: Config, run: common.Run) -> d
 def train(config: Config) -> None:
     """Train --model on --data into --out."""
     run = common.Run(config)
-    rows, held_out = (common.read_rows(config.data, split, FORMS) for split in ("train", "test"))
+    rows, held_out = common.read_data(config.data, FORMS)
     train_set = make_examples(rows, run.tokenizer, config)
-    test_set = make_examples(held_out[: common.EVAL_ROWS], run.tokenizer, config)
+    test_set = make_examples(held_out, run.tokenizer, config)
     steps = config.max_steps or config.epochs * steps_per_epoch(train_set, config)
     if not run.start(train_set, test_set, steps):
         return

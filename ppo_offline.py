@@ -21,7 +21,7 @@ Deviations from the report:
  5. Advantages are not whitened, which would make the loss depend on how a batch is cut, and there
     is no penalty on the KL divergence, which the report does not have.
 
-    python ppo_offline.py --model toy --data toy --lr 1e-4 --warmup_steps 10 --out runs/ppo
+    python ppo_offline.py --model toy --data toy --lr 3e-5 --warmup_steps 10 --out runs/ppo
     torchrun --nproc_per_node=8 ppo_offline.py --model pythia-1.4b
 """
 
@@ -48,13 +48,13 @@ class Config:
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
     batch_size: int = 32  # examples an optimizer step, over all processes (the report)
-    micro_batch_tokens: int = 8192  # most tokens a process runs at once: the one memory knob
+    micro_batch_tokens: int = 8192  # most tokens a process runs at once; fewer need less memory
     lr: float = 5e-7  # learning rate after warm-up (HALOs)
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # RMSprop (HALOs) or the later paper's AdamW
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled to at most this norm (HALOs)
     max_length: int = 2048  # most tokens of a prompt and a completion together (HALOs)
-    max_prompt_length: int = 1024  # a prompt is cut no shorter than this, in tokens (HALOs)
+    max_prompt_length: int = 1024  # a too long prompt keeps at least so many tokens (HALOs)
     truncate_prompt: Literal["start", "end"] = "start"  # which side of a too long prompt goes
     seed: int = 1  # of the order of the data (HALOs)
     eval_every: int = 0  # steps between held-out figures; 0: at start and end only
@@ -97,7 +97,7 @@ def ppo_offline_loss(
     Returns:
         (B, T) losses; 0 where the mask is 0; minus the advantage where policy and reference agree.
 
-    >>> logps, one = torch.tensor([[0.0, 2.0, 2.0]]), torch.ones(1, 3)
+    >>> logps, one = torch.tensor([[0.0, 2.0, 2.0]]), torch.ones(1, 3).bool()
     >>> advantages = torch.tensor([[1.0, 1.0, -1.0]])
     >>> ppo_offline_loss(logps, 0 * logps, advantages, one)  # -1, -1.5 by the clip, +exp(2)
     tensor([[-1.0000, -1.5000,  7.3891]])
@@ -105,11 +105,11 @@ def ppo_offline_loss(
     # At least float32, and out of the padding, whatever it holds.
     dtype = torch.promote_types(policy_token_logps.dtype, torch.float32)
     log_ratio = policy_token_logps.to(dtype) - reference_token_logps.to(dtype)  # (B, T)
-    log_ratio = torch.where(mask.bool(), log_ratio, 0.0).clamp(-20, 20)
+    log_ratio = torch.where(mask, log_ratio, 0.0).clamp(-20, 20)
     ratio, advantages = log_ratio.exp(), advantages.detach().to(dtype)
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    return torch.where(mask.bool(), loss, 0.0)
+    return torch.where(mask, loss, 0.0)
 
 
 def gae(
@@ -170,10 +170,12 @@ def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
     ]
 
 
-def halves(examples: list[dict], config: Config) -> tuple[list[dict], list[dict]]:
+def classes(examples: list[dict], config: Config) -> tuple[list[dict], list[dict]]:
     """The examples of the larger and the smaller class. Raises UserError if there is only one."""
-    classes = [[e for e in examples if e["desirable"] == label] for label in (False, True)]
-    smaller, larger = sorted(classes, key=len)
+    both = [[], []]  # undesirable, desirable
+    for example in examples:
+        both[example["desirable"]].append(example)
+    smaller, larger = sorted(both, key=len)
     if not smaller:
         raise common.UserError(
             f"--data {config.data}: every label is {larger[0]['desirable']}; this loss learns from "
@@ -184,7 +186,7 @@ def halves(examples: list[dict], config: Config) -> tuple[list[dict], list[dict]
 
 def steps_per_epoch(examples: list[dict], config: Config) -> int:
     """Steps in one pass over the larger class, at half a batch a step."""
-    return math.ceil(len(halves(examples, config)[0]) / (config.batch_size // 2))
+    return math.ceil(len(classes(examples, config)[0]) / (config.batch_size // 2))
 
 
 def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
@@ -192,8 +194,8 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
 
     An epoch passes once over the larger class; the smaller one repeats, reshuffled each time.
     """
-    larger, smaller = halves(examples, config)
-    epoch, number = divmod(step, steps_per_epoch(examples, config))
+    larger, smaller = classes(examples, config)
+    epoch, number = divmod(step, math.ceil(len(larger) / (config.batch_size // 2)))
     start = epoch * len(larger) + number * (config.batch_size // 2)
     stop = min(start + config.batch_size // 2, (epoch + 1) * len(larger))
     return [larger[i] for i in common.endless(len(larger), (config.seed, 0), start, stop)] + [
@@ -263,9 +265,9 @@ def evaluate(policy, examples: list[dict], config: Config, run: common.Run) -> d
 def train(config: Config) -> None:
     """Train --model on --data into --out."""
     run = common.Run(config)
-    rows, held_out = (common.read_rows(config.data, split, FORMS) for split in ("train", "test"))
+    rows, held_out = common.read_data(config.data, FORMS)
     train_set = make_examples(rows, run.tokenizer, config)
-    test_set = make_examples(held_out[: common.EVAL_ROWS], run.tokenizer, config)
+    test_set = make_examples(held_out, run.tokenizer, config)
     steps = config.max_steps or config.epochs * steps_per_epoch(train_set, config)
     if not run.start(train_set, test_set, steps):
         return

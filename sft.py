@@ -9,7 +9,8 @@ It makes the pi_ref that the other losses start from. Learned from are the chose
 (or their `target`, where a row names a better one), the desirable ones of labelled rows, and the
 completions of rows that have nothing else.
 
-The report prints no equation for this loss, and does not say which replies it is trained on.
+The report prints no equation for this loss. It trains it on "a subset of the generations used to
+subsequently align the model" (section 3.4): here on those above.
 
     python sft.py --model toy --data toy --lr 3e-4 --warmup_steps 10 --out runs/sft
     torchrun --nproc_per_node=8 sft.py --model pythia-1.4b
@@ -38,13 +39,13 @@ class Config:
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
     batch_size: int = 32  # examples an optimizer step, over all processes (the report)
-    micro_batch_tokens: int = 8192  # most tokens a process runs at once: the one memory knob
+    micro_batch_tokens: int = 8192  # most tokens a process runs at once; fewer need less memory
     lr: float = 5e-7  # learning rate after warm-up (HALOs)
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # RMSprop (HALOs) or the later paper's AdamW
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled to at most this norm (HALOs)
     max_length: int = 2048  # most tokens of a prompt and a completion together (HALOs)
-    max_prompt_length: int = 1024  # a prompt is cut no shorter than this, in tokens (HALOs)
+    max_prompt_length: int = 1024  # a too long prompt keeps at least so many tokens (HALOs)
     truncate_prompt: Literal["start", "end"] = "start"  # which side of a too long prompt goes
     seed: int = 1  # of the order of the data (HALOs)
     eval_every: int = 0  # steps between held-out figures; 0: at start and end only
@@ -87,7 +88,8 @@ def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
     for row in rows:
         if row.get("label", True):
             completion = row.get("target") or row.get("chosen") or row["completion"]
-            wanted[row["prompt"], completion, None if "target" in row else len(wanted)] = None
+            once = "target" in row  # otherwise the row's number sets it apart from its repeats
+            wanted[row["prompt"], completion, None if once else len(wanted)] = None
     texts = [(prompt, [completion]) for prompt, completion, _ in wanted]
     return common.tokenise(texts, tokenizer, config)
 
@@ -142,9 +144,9 @@ def evaluate(policy, examples: list[dict], config: Config, run: common.Run) -> d
 def train(config: Config) -> None:
     """Train --model on --data into --out."""
     run = common.Run(config)
-    rows, held_out = (common.read_rows(config.data, split, FORMS) for split in ("train", "test"))
+    rows, held_out = common.read_data(config.data, FORMS)
     train_set = make_examples(rows, run.tokenizer, config)
-    test_set = make_examples(held_out[: common.EVAL_ROWS], run.tokenizer, config)
+    test_set = make_examples(held_out, run.tokenizer, config)
     steps = config.max_steps or config.epochs * steps_per_epoch(train_set, config)
     if not run.start(train_set, test_set, steps):
         return

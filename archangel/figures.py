@@ -1,4 +1,4 @@
-"""The report's Figures 2, 3 and 5, the ablations and the contradictory labels, from numbers alone.
+"""An overview, Figures 2, 3 and 5, the ablations and the contradictory labels, from numbers alone.
 
     numbers = json.loads(Path("runs/suite/numbers.json").read_text())
     figure2(numbers, Path("figure_2.png"))
@@ -71,16 +71,16 @@ def bars(axes: Axes, numbers: dict, arms: Sequence[str]) -> None:
     width = 0.8 / len(arms)
     for k, arm in enumerate(arms):
         hatch = "///" if arm.startswith("sft+") else None
-        colour, label = COLOURS[arm.removeprefix("sft+")], None
+        colour, named = COLOURS[arm.removeprefix("sft+")], False
         for x, model in enumerate(models):
             row = rows.get((model["name"], arm))
             if row is None:
                 continue
             place, win = x + (k - (len(arms) - 1) / 2) * width, row["win_rate_minus_half"]
-            label = None if label else row["name"]
+            label = None if named else row["name"]  # once in the legend
             bar = {"color": colour, "edgecolor": "white", "hatch": hatch, "label": label}
             axes.bar(place, win["mean"], 0.92 * width, **bar)
-            label = row["name"]
+            named = True
             axes.vlines(place, *win["interval_95"], color="black", linewidth=1)
             axes.vlines(place, *win["interval_75"], color="black", linewidth=3)
             if len(win["by_seed"]) > 1:

@@ -22,6 +22,7 @@ import common
 from archangel import claims, figures, judge, statistics
 from archangel.claims import Table, name_of
 
+TABLES = {"data", "models", "methods", "ablations", "contradictory", "claims"}  # in numbers.json
 CAUTION = "A shop of a few hundred products says nothing about models of 1B to 30B."
 Folders = dict[str, dict[int, Path]]  # arm to seed to where its replies and verdicts lie
 
@@ -33,12 +34,12 @@ def read(folder: Path) -> dict[str, dict[str, float]]:
     made = {}
     for row, (_, verdict) in zip(rows, judge.json_lines(folder, verdicts), strict=True):
         if verdict["win"] is not None:
-            figures = {"win": verdict["win"], "tokens": row["tokens"], "ended": row["ended"]}
-            made[row["prompt"]] = figures
+            found = {"win": verdict["win"], "tokens": row["tokens"], "ended": row["ended"]}
+            made[row["prompt"]] = found
     return made
 
 
-def tabulate(folders: dict[str, dict[int, Path]]) -> dict[str, Table]:
+def tabulate(folders: Folders) -> dict[str, Table]:
     """Measure to arm to seed to (prompts,), over the prompts that were judged in all of them."""
     found = {arm: {s: read(path) for s, path in seeds.items()} for arm, seeds in folders.items()}
     judged = [set(rows) for seeds in found.values() for rows in seeds.values()]
@@ -86,11 +87,11 @@ def log_odds(path: Path, replies: Sequence[tuple[str, str, str]]) -> np.ndarray:
 def describe(values: dict[int, np.ndarray], is_win: bool = False) -> dict:
     """Mean, intervals over prompts and each seed's mean of seed to (prompts,)."""
     table = np.stack([values[seed] for seed in sorted(values)])  # (seeds, prompts)
-    between = claims.win_interval if is_win else claims.interval
+    ends = claims.win_interval if is_win else claims.interval
     return {
         "mean": float(table.mean() - 0.5 * is_win),
-        "interval_75": between(table, 0.75),
-        "interval_95": between(table, 0.95),
+        "interval_75": ends(table, 0.75),
+        "interval_95": ends(table, 0.95),
         "by_seed": [float(mean) for mean in table.mean(1) - 0.5 * is_win],
     }
 
@@ -286,8 +287,8 @@ def contradictory_table(rows: Sequence[dict]) -> str:
     return table_of(head.split(","), lines)
 
 
-def seeds_range(figures: dict) -> str:
-    return f"{min(figures['by_seed']):+.3f} to {max(figures['by_seed']):+.3f}"
+def seeds_range(found: dict) -> str:
+    return f"{min(found['by_seed']):+.3f} to {max(found['by_seed']):+.3f}"
 
 
 def report(numbers: dict, pictures: Sequence[tuple[str, str]], about: dict | None = None) -> str:
@@ -383,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 several.append(json.loads(path.read_text()))
             except (OSError, ValueError) as error:
                 raise common.UserError(f"{path}: {error}") from None
-            if not isinstance(several[-1], dict) or not several[-1].keys() >= {"data", "claims"}:
+            if not isinstance(several[-1], dict) or not several[-1].keys() >= TABLES:
                 raise common.UserError(f"{path}: is not a suite's numbers.json")
         write(given.out, together(several))
         print(f"the report is {given.out / 'report.md'}")

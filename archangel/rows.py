@@ -52,10 +52,22 @@ def read_rows(data: str, split: str, forms: Sequence[str]) -> list[dict]:
                     row = json.loads(line, object_pairs_hook=_fields_once)
                     rows.append(_check_row(row, forms))
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise UserError(f"{where}: {str(error) or type(error).__name__}") from None
+        known = path.name.endswith((".jsonl", ".jsonl.gz")) or not path.exists()
+        hint = "" if known else "; python -m archangel.data rows makes JSONL of other files"
+        raise UserError(f"{where}: {str(error) or type(error).__name__}{hint}") from None
     if not rows and split == "train":
         raise UserError(f"--data {path}: has no rows")
     return rows
+
+
+def read_data(data: str, forms: Sequence[str]) -> tuple[list[dict], list[dict]]:
+    """The rows to train on, and at most EVAL_ROWS held out, in an order drawn once for all runs.
+
+    Drawn, because in a sorted file the first rows, or a whole batch, may be of one class.
+    """
+    rows, held_out = (read_rows(data, split, forms) for split in ("train", "test"))
+    order = endless(len(held_out), (0,), 0, min(len(held_out), EVAL_ROWS))
+    return rows, [held_out[i] for i in order]
 
 
 def _fields_once(pairs: list[tuple[str, object]]) -> dict:
@@ -117,7 +129,10 @@ def add_partners(examples: list[dict], config) -> None:
     """Give each example a partner: its prompt with a completion of another, drawn once, seeded."""
     prompts = [example["prompt_ids"].tobytes() for example in examples]
     if len(set(prompts)) == 1:
-        raise UserError(f"--data {config.data}: mismatched needs two different prompts")
+        raise UserError(
+            f"--data {config.data}: --kl mismatched needs two different prompts to train on, and "
+            "two held out, or none"
+        )
     rng = np.random.default_rng(config.seed)
     for example, prompt in zip(examples, prompts):
         number = rng.integers(len(examples))
@@ -134,7 +149,7 @@ def completion_tokens(examples: Sequence[dict]) -> int:
 
 
 def example_tokens(example: dict, shared: bool = True) -> int:
-    """The tokens that an example takes in a batch; apart, of rows as long as its longest."""
+    """The tokens that an example takes in a batch; apart, of a row a completion, all as long."""
     prompt, lengths = len(example["prompt_ids"]), [len(ids) for ids in example["completions_ids"]]
     return prompt + sum(lengths) if shared else len(lengths) * (prompt + max(lengths))
 

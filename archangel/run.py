@@ -156,6 +156,10 @@ class Run:
         """Check what is left to check, join the processes. False: the run is finished already."""
         config, everything, self.steps = self.config, train_set + test_set, steps
         self.train_set = train_set
+        if not train_set:
+            raise UserError(
+                f"--data {config.data}: every label is False; this loss needs True ones"
+            )
         partners = [example["partner"] for example in everything if "partner" in example]
         largest = max(example_tokens(example) for example in everything + partners)
         if largest > config.micro_batch_tokens:
@@ -180,6 +184,11 @@ class Run:
             "settings": dataclasses.asdict(config),
             "steps": steps,
             "data_sha256": examples_sha256(everything, len(train_set), labels),
+            "machine": {
+                "processes": self.world_size,
+                "threads": torch.get_num_threads(),
+                "device": self.device.type,
+            },
             "versions": {m.__name__: m.__version__ for m in (torch, transformers, np)},
         }
         path = self.folder / "run.json"

@@ -425,12 +425,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--judge_model", default="gpt-4-0613", help="the judge's name at the server")
     add("--dry_run", action="store_true", help="print the commands and run nothing")
     given = parser.parse_args(arguments)
-    of_report = given.models == ["report"]
-    for name, value in (OF_REPORT if of_report else OF_TOY).items():
+    if given.models == ["report"]:
+        given.models = list(common.MODELS)
+    of_report = [model in common.MODELS for model in given.models]
+    if any(of_report) and not all(of_report) and given.data is None:
+        parser.error("--models: some are the report's and some are not; say which --data is meant")
+    for name, value in (OF_REPORT if all(of_report) else OF_TOY).items():
         if getattr(given, name) is None:
             setattr(given, name, value)
-    if of_report:
-        given.models = list(common.MODELS)
     if given.jobs is None:
         given.jobs = len(os.sched_getaffinity(0)) if given.processes == 1 else 1
     if "all" in given.experiment:

@@ -113,7 +113,7 @@ def test_partners_are_of_another_prompt_drawn_once_and_fit():
 
 def test_one_class_or_one_prompt_is_refused():
     with pytest.raises(common.UserError, match="every label is False"):
-        kto.halves(examples(0, 3), settings(4))
+        kto.classes(examples(0, 3), settings(4))
     same = [{"prompt_ids": np.ones(3), "completions_ids": [np.ones(1)]} for _ in range(3)]
     with pytest.raises(common.UserError, match="two different prompts"):
         common.add_partners(same, settings(4))

@@ -54,7 +54,7 @@ CASES = [
     ("unpaired rows", PAIRED, *row_case(GOOD, "needs {prompt, chosen, rejected}")),
     ("supervised rows", UNPAIRED, *row_case(without(GOOD, "label"), "needs", "label")),
     ("only desirable", UNPAIRED, {"rows": json.dumps(GOOD)}, ["rows.jsonl", "True", "sft.py"]),
-    ("only undesirable", UNPAIRED, {"rows": json.dumps(BAD)}, ["rows.jsonl", "False"]),
+    ("only undesirable", [*UNPAIRED, "sft"], {"rows": json.dumps(BAD)}, ["rows.jsonl", "False"]),
     ("one prompt", ["kto"], {"kl": "mismatched"}, ["rows.jsonl", "two different prompts"]),
     ("unknown flag", ALL, {"betta": 1}, ["--betta"]),
     ("flag cut short", ["kto"], {"max_step": 1}, ["--max_step"]),

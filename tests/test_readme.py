@@ -68,7 +68,7 @@ def test_sampling_and_judging(checkout):
     """Of the shipped model alone, and fewer prompts."""
     for line in COMMANDS:
         if "archangel.sample toy" in line or "archangel.judge" in line:
-            shown = run(line.replace("--n 500", "--n 4").replace("kto.jsonl ", ""), checkout)
+            shown = run(line.replace("--n 500", "--n 4").replace("runs/kto.jsonl ", ""), checkout)
     assert "95% interval" in shown
 
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import common
-from common import UserError, endless, plan, read_rows, tokenise
+from common import UserError, endless, plan, read_data, read_rows, tokenise
 
 PAIR = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
 UNPAIRED = {"prompt": "Q:", "completion": " yes", "label": True}
@@ -77,6 +77,25 @@ def test_a_folder_holds_train_and_test(tmp_path, end):
     write(tmp_path / f"test{end}", [{**PAIR, "prompt": "held out"}])
     assert read_rows(str(tmp_path), "train", ["preference"]) == [PAIR, PAIR]
     assert read_rows(str(tmp_path), "test", ["preference"]) == [{**PAIR, "prompt": "held out"}]
+
+
+def test_held_out_rows_are_drawn_so_that_a_sorted_file_is_mixed(tmp_path):
+    rows = [{"prompt": f"{i}", "completion": "a", "label": i < 400} for i in range(800)]
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", rows)
+    train, held_out = read_data(str(tmp_path), ["unpaired"])
+    assert train == rows and len(held_out) == 512
+    assert len({row["prompt"] for row in held_out}) == 512
+    for first in range(0, 512, 32):
+        assert {row["label"] for row in held_out[first : first + 32]} == {True, False}
+    assert read_data(str(tmp_path), ["unpaired"])[1] == held_out
+    assert read_data(str(tmp_path / "train.jsonl"), ["unpaired"]) == (rows, [])
+
+
+def test_a_file_of_another_kind_is_told_where_to_go(tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,completion\na,b\n")
+    assert "archangel.data rows" in error_of(table)
 
 
 def test_a_file_is_all_for_training(tmp_path, monkeypatch):

@@ -120,6 +120,14 @@ def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path, capsys, monkeypa
     assert all("gpt-4" in line for line in lines if "archangel.judge" in line)
 
 
+def test_one_of_the_report_s_models_is_trained_as_the_report_s(tmp_path, capsys):
+    suite.main(["--models", "pythia-1.4b", "--dry_run", "--out", str(tmp_path / "o")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torchrun")]
+    assert len(lines) == 8
+    for line in lines:
+        assert "--nproc_per_node=8" in line and "--data archangel" in line and "--lr" not in line
+
+
 def test_ablations_change_one_setting_each(monkeypatch):
     runs = trainings(monkeypatch, "--out", "o", "--experiment", "ablations")
     plain = {
@@ -147,6 +155,7 @@ def test_ablations_change_one_setting_each(monkeypatch):
         (["--models", "a/model", "b/a"], "name of its own"),
         (["--models", "runs/stages"], "name of its own"),
         (["--experiment", "contradictory", "--data", "rows"], "about the toy"),
+        (["--models", "toy", "pythia-1.4b"], "--data"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(words, said, capsys):
@@ -472,7 +481,13 @@ def test_results_of_two_suites_together(finished, tmp_path, capsys):
     assert f"40 ({pars[0]['prompts_needed']})" in text and text.count("![") == 10
 
     capsys.readouterr()
-    for second, said in ((paths[0], "twice"), (given.out / "report.md", "report.md")):
+    (tmp_path / "part.json").write_text('{"data": "toy", "claims": []}')
+    bad = (
+        (paths[0], "twice"),
+        (given.out / "report.md", "report.md"),
+        (tmp_path / "part.json", "is"),
+    )
+    for second, said in bad:
         with pytest.raises(SystemExit, match="2"):
             results.main([str(paths[0]), str(second), "--out", str(tmp_path / "none")])
         assert said in capsys.readouterr().err
