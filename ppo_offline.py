@@ -105,11 +105,11 @@ def ppo_offline_loss(
     # At least float32, and out of the padding, whatever it holds.
     dtype = torch.promote_types(policy_token_logps.dtype, torch.float32)
     log_ratio = policy_token_logps.to(dtype) - reference_token_logps.to(dtype)  # (B, T)
-    log_ratio = torch.where(mask, log_ratio, 0.0).clamp(-20, 20)
+    log_ratio = torch.where(mask.bool(), log_ratio, 0.0).clamp(-20, 20)
     ratio, advantages = log_ratio.exp(), advantages.detach().to(dtype)
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    return torch.where(mask, loss, 0.0)
+    return torch.where(mask.bool(), loss, 0.0)
 
 
 def gae(
@@ -131,7 +131,7 @@ def gae(
     >>> gae(torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2).bool(), gamma=0.5, gae_lambda=1.0)
     (tensor([[0.5000, 1.0000]]), tensor([[0.5000, 1.0000]]))
     """
-    dtype = torch.promote_types(values.dtype, torch.float32)
+    dtype, mask = torch.promote_types(values.dtype, torch.float32), mask.bool()
     values, rewards = torch.where(mask, values.detach(), 0.0).to(dtype), rewards.to(dtype)
     last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
     # The step's own reward is part of it: a perfect critic then leaves advantages of 0 everywhere.
