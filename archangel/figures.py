@@ -138,7 +138,9 @@ def overview(numbers: dict, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     pushes(left)
     left.set_title("what a loss does", fontsize=11)
-    bars(right, numbers, list(dict.fromkeys(row["arm"] for row in numbers["methods"])))
+    largest = by_size(numbers)[-1]["name"]
+    rows = [row for row in numbers["methods"] if row["model"] == largest]
+    bars(right, {**numbers, "methods": rows, "ablations": []}, [row["arm"] for row in rows])
     right.set_title("what came of it", fontsize=11)
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)

@@ -237,19 +237,23 @@ def between(ends: Sequence[float], digits: int = 3) -> str:
 
 
 def claims_table(records: Sequence[dict]) -> str:
-    """The claims in markdown; effects in win rate, tokens or probability."""
-    head = "claim,model,contrast,effect,95% interval,test,p (Holm),prompts: had (needed),seeds,here"
-    rows = []
+    """The claims in markdown, a column a model; effects in win rate, tokens or probability."""
+    models = list(dict.fromkeys(record["model"] for record in records))
+    rows = {}
     for record in records:
-        digits = 1 if record["measure"] == "tokens" else 3
-        unit = {"win": "", "tokens": " tokens", "majority": ""}[record["measure"]]
-        row = [record["claim"], record["model"], record["contrast"]]
-        row += [f"{record['effect']:+.{digits}f}{unit}", between(record["interval_95"], digits)]
-        p, seeds = record["p_holm"], len(record["by_seed"])
-        row += [f"{record['test']}, {record['kind']}", f"{p:.2g}"]
-        needed = f" ({record['prompts_needed']})" if "prompts_needed" in record else ""
-        rows.append([*row, f"{record['prompts']}{needed}", f"{seeds}", f"**{record['here']}**"])
-    return table_of(head.split(","), rows)
+        digits, unit = (1, " tokens") if record["measure"] == "tokens" else (3, "")
+        seeds = len(record["by_seed"])
+        cell = f"**{record['here']}**: {record['effect']:+.{digits}f}{unit}, "
+        cell += f"{between(record['interval_95'], digits)}, p = {record['p_holm']:.2g}"
+        if "prompts_needed" in record:
+            cell += f"; {record['prompts_needed']} prompts needed"
+        what = (record["claim"], record["contrast"], f"{record['test']}, {record['kind']}")
+        row = rows.setdefault(
+            (*what, f"{record['prompts']}", f"{seeds}"), dict.fromkeys(models, "")
+        )
+        row[record["model"]] = cell
+    head = ["claim", "contrast", "test", "prompts", "seeds", *models]
+    return table_of(head, [[*what, *row.values()] for what, row in rows.items()])
 
 
 def methods_table(rows: Sequence[dict]) -> str:
@@ -318,9 +322,9 @@ def report(numbers: dict, pictures: Sequence[tuple[str, str]], about: dict | Non
             "The rules were fixed in `archangel/claims.py` before any result was seen: *above* is "
             "a contrast above 0, *par* one within the margin of "
             f"{numbers['margin']}, *not below* one above minus the margin; p-values are corrected "
-            "for their number. Intervals and tests are over prompts; *above* asks every seed too. "
-            "*Needed* are the prompts that show a par, so corrected, with a chance of 0.8 where "
-            "two methods do not differ at all.",
+            "for their number (Holm), intervals hold 95%. Intervals and tests are over prompts; "
+            "*above* asks every seed too. *Needed* are the prompts that show a par, so corrected, "
+            "with a chance of 0.8 where two methods do not differ at all.",
             claims_table(numbers["claims"]),
             "The report's claims on sizes (SFT+DPO is ahead at 30B) need its sizes.",
         ]
