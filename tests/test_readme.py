@@ -16,7 +16,7 @@ import pytest
 
 import common
 import kto
-from archangel import judge, sample
+from archangel import judge, sample, suite
 
 ROOT = Path(common.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -157,6 +157,18 @@ def test_every_trainer_call_is_understood(call, monkeypatch, capsys):
     config = common.parse(module.Config, module.__doc__)
     known = config.model in ("toy", *common.MODELS) or config.model.startswith("runs/")
     assert known
+
+
+def test_suite_and_memory_commands_are_understood(checkout):
+    """Those of archangel/README.md too."""
+    text = (ROOT / "archangel" / "README.md").read_text()
+    lines = [line.split("  #")[0] for line in text.splitlines() if line.startswith("python -m ")]
+    suites = [line for line in COMMANDS + lines if "archangel.suite" in line]
+    assert len(suites) >= 5
+    for line in suites:
+        suite.check(suite.parse(shlex.split(line)[3:]))
+    (memory,) = [line for line in COMMANDS if "archangel.memory" in line]
+    assert "pythia-12b" in run(memory, checkout)
 
 
 def test_data_commands_are_understood():
