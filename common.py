@@ -253,10 +253,11 @@ def load_policy(run: Run, value_head: bool = False) -> Policy:
     how = {"dtype": run.dtype, "attn_implementation": "eager" if capped else None}
 
     def build(lm):
+        """The policy around a language model, its critic, if any, at 0."""
         width, head = lm.get_output_embeddings().weight.shape[1], None
         if value_head:
             head = nn.Linear(width, 1, dtype=run.dtype)
-            for parameter in head.parameters():  # a critic that begins at 0, nothing random
+            for parameter in head.parameters():  # nothing random
                 nn.init.zeros_(parameter)
         return Policy(lm, head, run.bfloat16).eval()  # eval: no dropout
 

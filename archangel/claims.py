@@ -190,10 +190,10 @@ def examine_all(tables: dict[str, dict[str, Table]], made: dict[str, list[Claim]
         for claim in its_claims
         if seeds_of(claim, tables[model].get(claim.measure, {}))
     ]
-    return judged(records)
+    return conclude(records)
 
 
-def judged(records: list[dict]) -> list[dict]:
+def conclude(records: list[dict]) -> list[dict]:
     """The records with what depends on all of them: corrected p-values, and what they mean here.
 
     For a claim of a par also `prompts_needed`: how many it takes to show one, so corrected, of two

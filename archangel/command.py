@@ -78,7 +78,7 @@ def exit_status() -> Iterator[None]:
         tqdm.write(f"error: {error}", file=sys.stderr)
         status = 2
     except (Interrupted, KeyboardInterrupt) as error:
-        why = str(error) or "the same command starts again (of a trainer with --resume)"
+        why = str(error) or "the same command starts again; a trainer's with --resume"
         tqdm.write(f"interrupted: {why}", file=sys.stderr)
         status = 75
     if dist.is_initialized():

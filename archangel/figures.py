@@ -48,11 +48,9 @@ def save(figure: Figure, path: Path) -> None:
     os.replace(beside, path)
 
 
-def by_size(numbers: dict) -> list[dict]:
-    """The models that have results, the smallest first."""
-    there = {
-        row["model"] for key in ("methods", "ablations", "contradictory") for row in numbers[key]
-    }
+def by_size(numbers: dict, tables=("methods", "ablations", "contradictory")) -> list[dict]:
+    """The models that have results in these tables, the smallest first."""
+    there = {row["model"] for table in tables for row in numbers[table]}
     models = [model for model in numbers["models"] if model["name"] in there]
     return sorted(models, key=lambda model: model["parameters"])
 
@@ -63,9 +61,8 @@ def size(parameters: int) -> str:
     return f"{parameters / unit:.3g}{name}"
 
 
-def bars(axes: Axes, numbers: dict, arms: Sequence[str]) -> None:
+def bars(axes: Axes, numbers: dict, models: Sequence[dict], arms: Sequence[str]) -> None:
     """Bars of win rate minus one half, a group for each model, with both intervals and seeds."""
-    models = by_size(numbers)
     rows = {(row["model"], row["arm"]): row for row in numbers["methods"]}
     arms = [arm for arm in arms if any((model["name"], arm) in rows for model in models)]
     width = 0.8 / len(arms)
@@ -98,7 +95,7 @@ def bars(axes: Axes, numbers: dict, arms: Sequence[str]) -> None:
 def win_rates(numbers: dict, path: Path, arms: Sequence[str]) -> None:
     """A picture of the bars alone."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
-    bars(figure.add_subplot(), numbers, arms)
+    bars(figure.add_subplot(), numbers, by_size(numbers, ("methods",)), arms)
     figure.legend(loc="outside right upper", frameon=False)
     save(figure, path)
 
@@ -138,9 +135,8 @@ def overview(numbers: dict, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     pushes(left)
     left.set_title("what a loss does", fontsize=11)
-    largest = by_size(numbers)[-1]["name"]
-    rows = [row for row in numbers["methods"] if row["model"] == largest]
-    bars(right, {**numbers, "methods": rows, "ablations": []}, [row["arm"] for row in rows])
+    largest = by_size(numbers, ("methods",))[-1:]
+    bars(right, numbers, largest, list(dict.fromkeys(row["arm"] for row in numbers["methods"])))
     right.set_title("what came of it", fontsize=11)
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)

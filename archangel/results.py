@@ -369,7 +369,7 @@ def together(several: Sequence[dict]) -> dict:
         whole[table] = list(rows.values())
     for numbers in several:
         whole["models"] += [m for m in numbers["models"] if m not in whole["models"]]
-    whole["claims"] = claims.judged(whole["claims"])
+    whole["claims"] = claims.conclude(whole["claims"])
     return whole
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from matplotlib.figure import Figure
 
 import common
 import dpo
@@ -481,6 +482,12 @@ def test_results_of_two_suites_together(finished, tmp_path, capsys):
     assert f"{pars[0]['prompts_needed']} prompts needed" in text and text.count("![") == 10
     (line,) = [line for line in text.splitlines() if line.startswith("| KTO alone beats DPO")]
     assert line.count("**") == 4  # what it comes to, for both models
+    # The same claims of the same model twice: the first stand.
+    again = {**whole, "claims": [{**record, "p": 1.0} for record in whole["claims"]]}
+    again |= {"methods": [], "ablations": []}
+    assert [r["p"] for r in results.together([whole, again])["claims"]] == pvalues[
+        : len(pvalues) // 2
+    ]
 
     capsys.readouterr()
     (tmp_path / "part.json").write_text('{"data": "toy", "claims": []}')
@@ -528,6 +535,44 @@ def test_pictures_of_two_sizes_and_of_contradictory_labels(tmp_path):
     assert results.draw(numbers, tmp_path) and (tmp_path / "contradictory.png").exists()
     names = ("overview", "figure_2", "figure_3", "figure_5", "contradictory")
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in names}
+
+
+def test_a_model_without_methods_gets_no_bars():
+    row = {"arm": "kto", "name": "KTO", "model": "toy"}
+    row["win_rate_minus_half"] = {
+        "mean": 0.1,
+        "by_seed": [0.1],
+        "interval_75": [0, 0.2],
+        "interval_95": [-1, 1],
+    }
+    models = [{"name": "small", "parameters": 10**5}, {"name": "toy", "parameters": 10**6}]
+    numbers = {"models": models, "methods": [row], "ablations": [{"model": "small"}]}
+    numbers["contradictory"] = []
+    models = figures.by_size(numbers, ("methods",))
+    assert [model["name"] for model in models] == ["toy"]
+    axes = Figure().add_subplot()
+    figures.bars(axes, numbers, models, ["dpo", "kto"])
+    assert [bar.get_height() for bar in axes.patches] == [0.1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["toy\n1M"]
+
+
+def test_the_overview_s_curves():
+    """Each loss's push on a log-ratio r, by its equation, as a share of the largest."""
+    axes = Figure().add_subplot()
+    figures.pushes(axes)
+    curves = {line.get_label(): line.get_xydata().T for line in axes.lines}
+    r = curves["DPO"][0]
+    sigmoid = 1 / (1 + np.exp(-0.1 * r))
+    expected = {
+        "SFT": np.ones_like(r),
+        "SLiC": np.where(r < 1 + 1e-9, 1.1, 0.1) / 1.1,  # likelihood; the hinge up to its margin
+        "DPO": (1 - sigmoid) / (1 - sigmoid).max(),
+        "PPO, a token": np.where(r < np.log(1.5), np.exp(r), 0) / np.exp(r[r < np.log(1.5)]).max(),
+        "KTO": 4 * sigmoid * (1 - sigmoid),
+    }
+    assert curves.keys() == expected.keys()
+    for name, push in expected.items():
+        np.testing.assert_allclose(curves[name][1], push, atol=1e-8, err_msg=name)
 
 
 def test_one_method_from_rows_to_report(tmp_path, monkeypatch):
