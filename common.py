@@ -9,7 +9,7 @@ In the order of a run:
 
 What is not about training lives in archangel/ and is imported here, so that a script needs this
 module alone: the command line (command.py), rows to token ids and their order (rows.py), a run's
-folder and checkpoints (run.py).
+folder and checkpoints (run.py), and what makes a step faster for the same numbers (fast.py).
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from archangel.command import Interrupted, UserError, check_settings, exit_status, parse, progress
+from archangel.fast import BLOCK, TokenLogps, packed_layout, use_packed
 from archangel.rows import (
     TOY,
     add_partners,
@@ -40,13 +41,11 @@ from archangel.rows import (
     longest_sequence,
     read_data,
     read_rows,
-    sharing_pays,
     tokenise,
 )
 from archangel.run import MODELS, Run, find_model, load_tokenizer, read_column, write_column
 
-CHUNK = 2**26  # logits in memory at once: 256 MiB of float32; what needs more is computed twice
-ALIKE = 0.8  # on a CPU, how long a micro-batch's shortest example is at least beside its longest
+CHUNK = 2**27  # logits in memory at once: 512 MiB of float32; what needs more is computed twice
 
 
 # ------------------------------------------------------------------- token ids to log-probabilities
@@ -58,12 +57,11 @@ class Batch:
 
     indices: Tensor  # (b,) which examples of the global batch these are
     input_ids: Tensor  # (R, T)
-    position_ids: Tensor  # (R, T) a completion's go on from the end of its prompt
-    segments: Tensor  # (R, T) 0 for the prompt and padding, k for the row's k-th completion
     predictors: Tensor  # (N,) places in the flattened (R * T) that predict the tokens below
     targets: Tensor  # (N,) completion tokens, in input order
     mask: Tensor  # (C, longest) bool, the places of `pad` that hold a token
     reference_logps: Tensor  # (N,) log pi_ref of the targets; (0,) where the examples have none
+    lengths: list[list[int]]  # packed: of each prompt and its completions, in the one row; else []
 
     def pad(self, values: Tensor) -> Tensor:
         """Values (N,) of the completion tokens as (C, longest), 0 where there is no token."""
@@ -74,50 +72,50 @@ class Batch:
         return self.pad(values).sum(1)
 
 
-def make_batch(examples: list[dict], device="cpu", pad_id=0, shared=True, indices=None) -> Batch:
-    """Lay out examples {"prompt_ids", "completions_ids"}, each prompt once: x y_w y_l in one row.
+def make_batch(examples: list[dict], device="cpu", pad_id=0, packed=False, indices=None) -> Batch:
+    """Lay out examples {"prompt_ids", "completions_ids"}, each completion behind its prompt.
 
-    shared=False: each completion in a row of its own, after its own copy of the prompt. No
-    examples: one row of padding, so that a process with nothing to do still takes part.
+    Each in a row of its own; or packed, all in one row without padding and each prompt once,
+    x y_w y_l x' y' ..., for a model that is told so by `use_packed`. No examples: one row of
+    padding, so that a process with nothing to do still takes part.
     """
     rows = []  # (prompt, the completions behind it)
     for example in examples:
         ids = example["completions_ids"]
-        rows += [(example["prompt_ids"], group) for group in ([ids] if shared else zip(ids))]
-    width = max((len(prompt) + sum(map(len, group)) for prompt, group in rows), default=1)
-    input_ids = np.full((max(len(rows), 1), width), pad_id)
-    position_ids, segments = np.zeros_like(input_ids), np.zeros_like(input_ids)
-    none = np.empty(0, dtype=int)
-    predictors, targets, lengths = [none], [none], [none]
-    for r, (prompt, group) in enumerate(rows):
-        end = len(prompt)
-        input_ids[r, :end], position_ids[r, :end] = prompt, np.arange(end)
-        for number, completion in enumerate(group, 1):
+        rows += [(example["prompt_ids"], group) for group in ([ids] if packed else zip(ids))]
+    rows = rows or [([pad_id], [])]
+    lengths = [[len(prompt), *map(len, group)] for prompt, group in rows]
+    sizes = [sum(row) for row in lengths]
+    shape, starts = (len(rows), max(sizes)), np.arange(len(rows)) * max(sizes)
+    if packed:
+        multiple = 1 if torch.device(device).type == "cpu" else BLOCK
+        shape, starts = (1, -(-sum(sizes) // multiple) * multiple), np.cumsum([0, *sizes[:-1]])
+    input_ids = np.full(shape, pad_id).ravel()  # (R * T)
+    predictors, targets = [np.empty(0, dtype=int)], [np.empty(0, dtype=int)]
+    for start, (prompt, group) in zip(starts, rows):
+        first = end = start + len(prompt)
+        input_ids[start:end] = prompt
+        for completion in group:
             start, end = end, end + len(completion)
-            input_ids[r, start:end], segments[r, start:end] = completion, number
-            position_ids[r, start:end] = len(prompt) + np.arange(len(completion))
+            input_ids[start:end] = completion
             # A token is predicted one place before it, a completion's first by the prompt's last.
-            predictors += [[r * width + len(prompt) - 1], r * width + np.arange(start, end - 1)]
+            predictors += [[first - 1], np.arange(start, end - 1)]
             targets.append(completion)
-            lengths.append([len(completion)])
+    completions = np.array([n for _, *ns in lengths for n in ns], dtype=int)
     reference = [example.get("reference_logps", np.float32([])) for example in examples]
-    lengths = np.concatenate(lengths)
     arrays = {
         "indices": np.array(range(len(examples)) if indices is None else indices, dtype=int),
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "segments": segments,
+        "input_ids": input_ids.reshape(shape),
         "predictors": np.concatenate(predictors),
         "targets": np.concatenate(targets),
-        "mask": np.arange(lengths.max(initial=0)) < lengths[:, None],
+        "mask": np.arange(completions.max(initial=0)) < completions[:, None],
         "reference_logps": np.concatenate([np.float32([]), *reference]),
     }
-    return Batch(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return Batch(**tensors, lengths=lengths if packed else [])
 
 
-def completion_logps(
-    model: nn.Module, batch: Batch, return_hidden: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+def completion_logps(model: nn.Module, batch: Batch, return_hidden=False) -> Tensor | tuple:
     """Log-probability (N,) of every completion token, in nats, at least float32, in input order.
 
     The output head runs on the hidden states that predict completion tokens and on nothing else,
@@ -129,21 +127,17 @@ def completion_logps(
         logits = model(torch.tensor([prompt + completion])).logits[0, 2:4]
         plain = logits.log_softmax(-1)[[0, 1], completion]  # equal to rounding
     """
-    layout = {}  # a row of one completion is plain causal text: the model's own defaults serve
-    segments = batch.segments
-    if (segments > 1).any():  # a token sees its prompt and what came before it in its completion
-        seen = (segments[:, None] == 0) | (segments[:, None] == segments[..., None])
-        # Additive, since eager attention misreads a boolean mask; finite, since padding must see
-        # something; and finite in bfloat16 too. Padding comes last, where nothing looks.
-        lowest = torch.finfo(torch.bfloat16).min
-        mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
-        mask = mask.masked_fill(~seen.tril(), lowest)[:, None]  # (R, 1, T, T)
-        layout = {"attention_mask": mask, "position_ids": batch.position_ids}
-    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False, **layout)
+    # A row of its own is plain causal text: the model's defaults serve. Padding comes last, where
+    # nothing looks.
+    ids, layout = batch.input_ids, {}
+    if batch.lengths:
+        layout = packed_layout(batch.lengths, ids.shape[1], ids.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False, **layout)
     hidden = hidden.last_hidden_state.flatten(0, 1)[batch.predictors]  # (N, H)
-    size = max(1, CHUNK // model.get_output_embeddings().weight.shape[0])
-    chunks = list(zip(hidden.split(size), batch.targets.split(size)))
-    if len(chunks) > 1 and torch.is_grad_enabled():  # recompute logits (size, V), keep none
+    training = torch.is_grad_enabled()
+    size = (CHUNK if training else CHUNK // 8) // model.get_output_embeddings().weight.shape[0]
+    chunks = list(zip(*(values.split(max(1, size)) for values in (hidden, batch.targets))))
+    if len(chunks) > 1 and training:  # recompute logits (size, V), keep none
         logps = [checkpoint(_head_logps, model, *chunk, use_reentrant=False) for chunk in chunks]
     else:
         logps = [_head_logps(model, *chunk) for chunk in chunks]
@@ -161,7 +155,7 @@ def _head_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
         logits = cap * torch.tanh(logits / cap)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -F.cross_entropy(logits, targets, reduction="none")
+    return TokenLogps.apply(logits, targets)[0]  # as -F.cross_entropy
 
 
 class Policy(nn.Module):
@@ -171,9 +165,7 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.value_head, self.bfloat16 = lm, value_head, bfloat16
 
-    def forward(
-        self, batch: Batch, with_values=False, plain=False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, with_values=False, plain=False) -> Tensor | tuple:
         """Log-probabilities (N,) of the completion tokens; with_values, also values (N,).
 
         plain: from all logits of the model's own forward pass, for the self-check.
@@ -192,37 +184,35 @@ class Policy(nn.Module):
 # ------------------------------------------------------------------------- a global batch in pieces
 
 
-def plan(sizes: Sequence[int], limit: int, processes: int, alike=0.0) -> list[list[list[int]]]:
+def plan(sizes: Sequence[int], limit: int, processes: int, packed=True) -> list[list[list[int]]]:
     """For each process its micro-batches, lists of example numbers: as many for every process.
 
-    sizes: tokens of each example. Like lengths go together, none below `alike` of the longest; the
-    number of examples times the longest stays within limit, unless one alone exceeds it. Who has
-    fewer gets empty ones.
+    sizes: tokens of each example. The longest comes first, each to the process with the least to
+    do. The tokens of a micro-batch, padding to the longest included unless packed, stay within
+    limit, unless one example alone exceeds it. Who has fewer micro-batches gets empty ones.
     """
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    shares = []
-    for process in range(processes):
-        pieces = []
-        for i in order[process::processes]:
-            longest = sizes[pieces[-1][0]] if pieces else sizes[i]
-            full = not pieces or (len(pieces[-1]) + 1) * longest > limit
-            if full or sizes[i] < alike * longest:
-                pieces.append([])
-            pieces[-1].append(i)
-        shares.append(pieces)
+    shares, loads = [[] for _ in range(processes)], [0] * processes
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        process = loads.index(min(loads))
+        loads[process] += sizes[i]
+        pieces = shares[process]
+        piece = [*pieces[-1], i] if pieces else [i]
+        tokens = sum(sizes[k] for k in piece) if packed else len(piece) * sizes[piece[0]]
+        if len(piece) > 1 and tokens <= limit:
+            pieces[-1] = piece
+        else:
+            pieces.append([i])
     most = max(map(len, shares))
     return [pieces + [[]] * (most - len(pieces)) for pieces in shares]
 
 
 def micro_batches(examples: Sequence[dict], run: Run) -> list[Batch]:
     """This process's share of a global batch, in pieces of at most --micro_batch_tokens."""
-    sizes = [example_tokens(example, run.shared) for example in examples]
-    # Padding costs a CPU as much as tokens do; a GPU would rather have few and large pieces.
-    alike = ALIKE if run.device.type == "cpu" else 0.0
-    share = plan(sizes, run.config.micro_batch_tokens, run.world_size, alike)[run.rank]
+    sizes = [example_tokens(example, run.packed) for example in examples]
+    share = plan(sizes, run.config.micro_batch_tokens, run.world_size, run.packed)[run.rank]
     pad_id = run.tokenizer.eos_token_id
     return [
-        make_batch([examples[i] for i in piece], run.device, pad_id, run.shared, piece)
+        make_batch([examples[i] for i in piece], run.device, pad_id, run.packed, piece)
         for piece in share
     ]
 
@@ -301,34 +291,38 @@ def load_policy(run: Run, value_head: bool = False) -> Policy:
     return policy
 
 
-@torch.no_grad()
 def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
     """Compare the log-probabilities of the longest sequence with the model's own forward pass.
 
-    Where shared prompts are wrong for the architecture or do not pay, completions get rows of their
-    own. Raises UserError where the output head is not what `_head_logps` takes it for.
+    Where packed rows are wrong for the architecture, rows stay apart. Raises UserError where the
+    output head is not what `_head_logps` takes it for.
     """
-    longest = [max(examples, key=longest_sequence)]
-    apart = make_batch(longest, run.device, shared=False)
-    plain, ours = policy(apart, plain=True), policy(apart)
+    two = [examples[0], max(examples, key=longest_sequence)]
+    apart = make_batch(two, run.device)
+    with torch.no_grad():
+        plain, ours = policy(apart, plain=True), policy(apart)
     error = (ours - plain).abs().mean()  # nats a token
     if not error < (3e-2 if run.bfloat16 else 1e-4):
         raise UserError(
             f"--model {run.model_path}: its log-probabilities differ by {error:.2g} nats a token "
             "from its own forward pass: a scaling of its logits that is not known here"
         )
+    own_attention = policy.lm.config._attn_implementation
     try:
+        use_packed(policy.lm, run.device)
+        ours = policy(make_batch(two, run.device, packed=True))
+        ours.sum().backward()  # what a GPU compiles could fail there
         # The worst four tokens in a row: a completion may wrongly see its sibling in its first few,
         # or pass an attention window in its last, and over all its tokens either would drown.
-        shared = policy(make_batch(longest, run.device))
-        errors = F.pad(apart.pad((shared - plain).abs()), (0, 3))  # (C, T + 3)
+        errors = F.pad(apart.pad((ours.detach() - plain).abs()), (0, 3))  # (C, T + 3)
         worst = F.avg_pool1d(errors, kernel_size=4, stride=1).max()
-        hidden_size = policy.lm.config.get_text_config().hidden_size
-        right = bool(worst < (0.2 if run.bfloat16 else 1e-3))
-        run.shared = right and sharing_pays(examples, hidden_size)
-    except (RuntimeError, TypeError, ValueError):  # takes no such mask, or no positions
-        run.shared = False
-    run.record["shared_prompts"] = run.shared
+        run.packed = bool(worst < (0.2 if run.bfloat16 else 1e-3))
+    except (RuntimeError, TypeError, ValueError):  # takes no such attention, or no positions
+        run.packed = False
+    if not run.packed:
+        policy.lm.set_attn_implementation(own_attention)
+    policy.zero_grad()
+    run.record["packed_rows"] = run.packed
 
 
 @torch.no_grad()
@@ -337,18 +331,23 @@ def add_reference_logps(policy: Policy, examples: list[dict], run: Run) -> None:
 
     The reference is the policy before training and never changes, so this is a column, computed
     once and kept in `reference/` beside the run, for every run with the same weights and tokens.
+    Neighbours that have their prompt in common, one array, are computed as one example.
     """
     key = examples_sha256(examples, run.record["model_sha256"], str(run.dtype), run.bfloat16)
     path = run.folder.parent / "reference" / f"{key[:32]}.safetensors"
-    counts = [completion_tokens([example]) for example in examples]
-    starts = np.cumsum([0, *counts])
+    rows = []
+    for example in examples:
+        if not rows or rows[-1]["prompt_ids"] is not example["prompt_ids"]:
+            rows.append({"prompt_ids": example["prompt_ids"], "completions_ids": []})
+        rows[-1]["completions_ids"] += example["completions_ids"]
+    starts = np.cumsum([0, *(completion_tokens([row]) for row in rows)])
     column = torch.zeros(int(starts[-1]), dtype=run.dtype)
     kept = read_column(path, len(column)) if run.rank == 0 else None
     column = column if kept is None else kept
     found = torch.tensor(int(kept is not None))
     dist.broadcast(found, 0)
-    for first in progress(range(0, 0 if found else len(examples), 1024), "reference"):
-        for micro in micro_batches(examples[first : first + 1024], run):
+    for first in progress(range(0, 0 if found else len(rows), 1024), "reference"):
+        for micro in micro_batches(rows[first : first + 1024], run):
             spans = [range(starts[i], starts[i + 1]) for i in (micro.indices + first).tolist()]
             places = torch.tensor([place for span in spans for place in span], dtype=torch.long)
             column[places] = policy(micro).to(column)
@@ -357,8 +356,9 @@ def add_reference_logps(policy: Policy, examples: list[dict], run: Run) -> None:
         if run.rank == 0:
             write_column(path, column)
     dist.broadcast(column, 0)
-    for example, start, count in zip(examples, starts, counts):
-        example["reference_logps"] = column[start : start + count].numpy()
+    ends = np.cumsum([completion_tokens([example]) for example in examples])
+    for example, logps in zip(examples, np.split(column.numpy(), ends[:-1])):
+        example["reference_logps"] = logps
 
 
 def make_optimizer(policy: Policy, config) -> torch.optim.Optimizer:

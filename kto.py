@@ -179,6 +179,11 @@ def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
     return examples
 
 
+def with_partners(examples: list[dict]) -> list[dict]:
+    """The examples, each followed by its partner if it has one: of the same prompt."""
+    return [each for example in examples for each in (example, example.get("partner")) if each]
+
+
 def classes(examples: list[dict], config: Config) -> tuple[list[dict], list[dict]]:
     """The examples of the larger and the smaller class. Raises UserError if there is only one."""
     both = [[], []]  # undesirable, desirable
@@ -290,10 +295,8 @@ def train(config: Config) -> None:
         return
     policy = common.load_policy(run)
     common.self_check(policy, train_set, run)
-    for examples in (train_set, test_set):
+    for examples in (with_partners(train_set), with_partners(test_set)):
         common.add_reference_logps(policy, examples, run)
-        if config.kl == "mismatched":
-            common.add_reference_logps(policy, [e["partner"] for e in examples], run)
     optimizer = common.make_optimizer(policy, config)
     done = run.resume(policy, optimizer)
     if done == 0:

@@ -358,10 +358,19 @@ def fingerprint(prompt_ids, completion_ids) -> str:
 class Stage:
     """Our step without some of its ideas."""
 
-    shared: bool = True  # each prompt once
-    like_length: bool = True  # micro-batches of like length
-    chunk: int = common.CHUNK  # logits at once
-    all_logits: bool = False  # by the model's own forward pass, all of them
+    packed: bool = True  # each prompt once, no padding
+    micro_batch_tokens: int = 0  # as the settings say
+    plain_head: bool = False  # torch's cross-entropy, of all completion tokens at once
+    all_logits: bool = False  # by the model's own forward pass, of padding too
+
+
+class PlainHead:
+    """Stands in for `fast.TokenLogps`."""
+
+    @staticmethod
+    def apply(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Log-probabilities (n,) of targets (n,)."""
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none"), None
 
 
 class AllLogits(common.Policy):
@@ -383,7 +392,7 @@ def ours(connection, config: Config, folder: Path, rows: Path, name: str, stage:
         data=str(rows),
         out=str(folder / name / "run"),  # its reference column, beside it, is no one else's
         batch_size=config.batch_size,
-        micro_batch_tokens=config.micro_batch_tokens if stage.like_length else sys.maxsize,
+        micro_batch_tokens=stage.micro_batch_tokens or config.micro_batch_tokens,
         lr=config.lr,
         warmup_steps=0,
         max_length=config.max_length,
@@ -398,17 +407,17 @@ def ours(connection, config: Config, folder: Path, rows: Path, name: str, stage:
         run, **({"value_head": True} if config.method == "ppo_offline" else {})
     )
     common.self_check(policy, examples, run)
-    run.shared, common.CHUNK = run.shared and stage.shared, stage.chunk
-    common.ALIKE = common.ALIKE if stage.like_length else 0.0
+    run.packed = run.packed and stage.packed
+    if stage.plain_head:
+        common.CHUNK, common.TokenLogps = sys.maxsize, PlainHead
     if stage.all_logits:
         policy = AllLogits(policy.lm, None, policy.bfloat16).eval()
     turns.count_tokens(policy.lm)
 
     turns.wait()
     if config.method in REFERENCE:
-        common.add_reference_logps(policy, examples, run)
-        if config.method == "kto":
-            common.add_reference_logps(policy, [e["partner"] for e in examples], run)
+        with_partners = getattr(script, "with_partners", lambda examples: examples)
+        common.add_reference_logps(policy, with_partners(examples), run)
     turns.stop()
     turns.tell(**checks(examples, config, policy, run))
 
@@ -452,10 +461,7 @@ def checks(examples: Sequence[dict], config: Config, policy, run) -> dict:
         ratios = torch.cat(parts)
         figures |= {"log_ratio_mean": ratios.mean().item(), "log_ratio_max": ratios.max().item()}
     if run.device.type == "cuda":
-        batch = common.make_batch(first[:4], run.device)
-        ids = dataclasses.replace(
-            batch, **{k: v.cpu() for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
-        )
+        batch, ids = (common.make_batch(first[:4], device) for device in (run.device, "cpu"))
         exact = GPTNeoXForCausalLM.from_pretrained(run.model_path, dtype=torch.float32).eval()
         error = (policy(batch).cpu() - common.completion_logps(exact, ids)).abs()
         figures |= {"token_error_mean": error.mean().item(), "token_error_max": error.max().item()}
@@ -480,11 +486,11 @@ def contenders(config: Config, rows: list[dict]) -> list[Contender]:
     """Us; then the peer's rows, or our own step without its ideas, the one that counts last."""
     if config.ladder:
         stages = {  # each keeps what came before
-            "padded rows, all logits": Stage(False, False, sys.maxsize, all_logits=True),
-            "completion tokens only": Stage(False, False, sys.maxsize),
-            "rows of like length": Stage(False, True, sys.maxsize),
-            "shared prompt": Stage(True, True, sys.maxsize),
-            "chunked head": Stage(),
+            "padded rows, all logits": Stage(False, sys.maxsize, True, all_logits=True),
+            "completion tokens only": Stage(False, sys.maxsize, True),
+            "rows of like length": Stage(False, 1024, True),
+            "packed, each prompt once": Stage(plain_head=True),
+            "head in place": Stage(),
         }
         return [Contender(name, ours, rows, stages[name], config.steps) for name in stages]
     found = [Contender("ours", ours, rows, Stage(), config.steps)]

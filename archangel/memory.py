@@ -33,7 +33,7 @@ SHAPES = {  # layers, width, heads, width within a block, vocabulary; as on the 
 }
 # Bytes that a block keeps for the backward pass, by token and width: counted by autograd's hooks on
 # saved tensors (tests/test_memory.py counts them again).
-KEPT = {"gpt_neox": {4: 72, 2: 40}, "llama": {4: 83, 2: 57}}  # of 4 or 2 bytes a number
+KEPT = {"gpt_neox": {4: 72, 2: 38}, "llama": {4: 87, 2: 58}}  # of 4 or 2 bytes a number
 GIB = 2**30
 
 
@@ -85,11 +85,12 @@ def predict(
         gathered = number_bytes * weights if number_bytes < 4 else 0
     kept = tokens * width * KEPT[config.model_type][number_bytes]
     inputs = tokens * width * number_bytes
+    head = 4 if number_bytes == 4 else 4 + number_bytes  # float32; what the head gave, its gradient
     return {
         "states": states / processes,
         "gathered": gathered,
         "activations": kept + layers * inputs if checkpointing else kept * layers,
-        "logits": 3 * 4 * min(common.CHUNK, tokens * config.vocab_size),
+        "logits": head * min(common.CHUNK, tokens * config.vocab_size),
     }
 
 

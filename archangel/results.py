@@ -76,7 +76,7 @@ def log_odds(path: Path, replies: Sequence[tuple[str, str, str]]) -> np.ndarray:
     limits = SimpleNamespace(max_length=2048, max_prompt_length=1024, truncate_prompt="start")
     texts = [(prompt, pair) for prompt, *pair in replies]
     examples = common.tokenise(texts, common.load_tokenizer(path), limits)
-    batch = common.make_batch(examples, shared=False)
+    batch = common.make_batch(examples)
     first, second = batch.sum(common.completion_logps(model, batch)).view(-1, 2).unbind(1)
     return (first - second).double().numpy()
 

@@ -148,34 +148,15 @@ def completion_tokens(examples: Sequence[dict]) -> int:
     return sum(len(ids) for example in examples for ids in example["completions_ids"])
 
 
-def example_tokens(example: dict, shared: bool = True) -> int:
-    """The tokens that an example takes in a batch; apart, of a row a completion, all as long."""
+def example_tokens(example: dict, packed: bool = True) -> int:
+    """The tokens that an example takes in a batch; unpacked, of a row a completion, all as long."""
     prompt, lengths = len(example["prompt_ids"]), [len(ids) for ids in example["completions_ids"]]
-    return prompt + sum(lengths) if shared else len(lengths) * (prompt + max(lengths))
+    return prompt + sum(lengths) if packed else len(lengths) * (prompt + max(lengths))
 
 
 def longest_sequence(example: dict) -> int:
     """Tokens of the prompt and the longest completion."""
     return len(example["prompt_ids"]) + max(len(ids) for ids in example["completions_ids"])
-
-
-def sharing_pays(examples: Sequence[dict], hidden_size: int) -> bool:
-    """Whether rows of a prompt and all its completions cost less than a row for each completion.
-
-    A layer's work for T tokens, by 4 * hidden_size FLOPs: matrices 6 * hidden_size * T; attention
-    T^2, where causal rows skip half and a mask skips nothing. Sharing loses where short prompts
-    stand before completions that are long for the model's width.
-    """
-
-    def work(tokens: int, masked: bool) -> float:
-        return tokens * (6 * hidden_size + tokens * (1.0 if masked else 0.5))
-
-    together, apart = 0.0, 0.0
-    for example in examples:
-        prompt, completions = len(example["prompt_ids"]), example["completions_ids"]
-        together += work(example_tokens(example), masked=len(completions) > 1)
-        apart += sum(work(prompt + len(ids), masked=False) for ids in completions)
-    return together <= apart
 
 
 def examples_sha256(examples: Sequence[dict], *more) -> str:

@@ -143,7 +143,7 @@ class Run:
         self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu)
         self.dtype = torch.float64 if config.dtype == "float64" else torch.float32  # of weights
         self.config, self.folder = config, Path(config.out)
-        self.shared, self.stop = True, False  # prompts shared; a signal came
+        self.packed, self.stop = True, False  # rows end to end, see self_check; a signal came
         there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise UserError(f"--out {self.folder}: cannot be written, because of {there}")

@@ -35,13 +35,14 @@ import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 import common
 import dpo
 import kto
-from archangel import sample
+from archangel import fast, sample
 
 plt.style.use("figures.mplstyle")
 disable_progress_bar()
@@ -123,27 +124,26 @@ for example in (good, bad):
 #
 # ## 3. Each prompt once
 #
-# *Not in the report.* The paired losses (DPO, SLiC) lay a pair out as one row, prompt, chosen,
-# rejected, in which the rejected reply does not see the chosen one and its positions go on from the
-# end of the prompt. KTO's examples have one reply each, so its rows need no mask of their own; here
-# is what the model gets for our row as DPO lays it out, caught on its way in.
+# *Not in the report.* A micro-batch is one row without padding: prompt, reply, next prompt, next
+# reply. The paired losses (DPO, SLiC), and the reference for all, have both replies behind one
+# prompt; the rejected one does not see the chosen one, and its positions go on from the end of the
+# prompt. Here is our row as DPO has it, with the rule and the positions.
 
 # %%
 model, tokenizer = sample.load(common.find_model("toy"))
 model = model.double()
+common.use_packed(model, torch.device("cpu"))
 (pair,) = dpo.make_examples([row], run.tokenizer, dpo.Config(model="toy"))
-batch = common.make_batch([pair])
-seen = {}
-hook = model.base_model.register_forward_pre_hook(
-    lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
-)
+batch = common.make_batch([pair], packed=True)
 with torch.no_grad():
-    shared = common.completion_logps(model, batch)
-    hook.remove()
-    apart = common.completion_logps(model, common.make_batch([pair], shared=False))
-visible = seen["attention_mask"][0, 0] == 0  # 0 is added where a token may look
-length, start = batch.segments.shape[1], len(pair["prompt_ids"])
-middle = start + len(pair["completions_ids"][0])
+    packed = common.completion_logps(model, batch)
+    apart = common.completion_logps(model, common.make_batch([pair]))
+(lengths,) = batch.lengths  # of the prompt, the chosen reply, the rejected one
+start, middle, length = np.cumsum(lengths)
+positions = fast.packed_layout(batch.lengths, length, torch.device("cpu"))["position_ids"][0]
+part, place = torch.arange(3).repeat_interleave(torch.tensor(lengths)), torch.arange(length)
+mask = fast.block_mask(torch.zeros_like(part), part)  # one row
+visible = mask.mask_mod(0, 0, place[:, None], place)
 
 figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1, 1.2))
 panels[0].imshow(visible, cmap="cividis")
@@ -154,13 +154,13 @@ parts = {"prompt": start / 2, "chosen": (start + middle) / 2, "rejected": (middl
 panels[0].set(xlabel="looked at", ylabel="looking", title="yellow: a token may look there")
 panels[0].set_xticks(list(parts.values()), parts)
 panels[0].set_yticks(list(parts.values()), parts, rotation=90, va="center")
-panels[1].plot(seen["position_ids"][0], "C0.-", lw=1)
+panels[1].plot(positions, "C0.-", lw=1)
 for edge in (start, middle):
     panels[1].axvline(edge - 0.5, color="0.8", lw=1)
 panels[1].set_xticks(list(parts.values()), parts)
 panels[1].set(xlabel="place in the row", ylabel="position told to the model", title="positions")
 plt.show()
-same = (shared - apart).abs().max() < 1e-9
+same = (packed - apart).abs().max() < 1e-9
 print(f"log-probabilities as in a row for each reply, to 1e-9 nats: {bool(same)}")
 
 # %% [markdown]

@@ -32,17 +32,17 @@ SHARED = {
 # A script made from another: what its parent shares with anyone, it shares with its parent.
 COPIES = {"tests/sixth_loss/ipo": "dpo"}
 REFERENCE = [
-    "-    for examples in (train_set, test_set):",
+    "-    for examples in (with_partners(train_set), with_partners(test_set)):",
     "-        common.add_reference_logps(policy, examples, run)",
 ]
-PARTNERS = [  # the mismatched reference point has a column of its own
-    '-        if config.kl == "mismatched":',
-    '-            common.add_reference_logps(policy, [e["partner"] for e in examples], run)',
+PARTNERS = [  # what the mismatched reference point is taken over has a reference as well
+    "-    for examples in (with_partners(train_set), with_partners(test_set)):",
+    "+    for examples in (train_set, test_set):",
 ]
 ALLOWED = {  # (function, script): the lines in which it may differ, and why
     ("train", "dpo"): PARTNERS,
-    ("train", "slic"): REFERENCE + PARTNERS,  # a loss without a reference model
-    ("train", "sft"): REFERENCE + PARTNERS,
+    ("train", "slic"): REFERENCE,  # a loss without a reference model
+    ("train", "sft"): REFERENCE,
     ("train", "ppo_offline"): [  # its policy has a value head
         "-    policy = common.load_policy(run)",
         "+    policy = common.load_policy(run, value_head=True)",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXForCausalLM
 
 import common
+from archangel.fast import TokenLogps, block_mask, packed_layout, use_packed
 from common import completion_logps, make_batch
 
 VOCABULARY = 97
@@ -53,6 +54,7 @@ ARCHITECTURES = {  # name: (model_type, settings); scales and caps strong enough
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True}),
     "phi": ("phi", {}),  # its head has a bias
 }
+PACKED = [name for name in ARCHITECTURES if name != "gemma2"]  # it caps what attention compares
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float32, **changes) -> torch.nn.Module:
@@ -62,6 +64,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, **changes) -> torch.nn.M
     how = {"attn_implementation": special.pop("attn_implementation", "sdpa")}
     size = GPT2 | {"bos_token_id": 1, "eos_token_id": 2} if model_type == "gpt2" else SIZE
     config = AutoConfig.for_model(model_type, **{**size, **special})
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, **how)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -72,9 +75,12 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, **changes) -> torch.nn.M
 
 
 @functools.cache
-def cached(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """`tiny`, for tests that leave the model as it is."""
-    return tiny(name, dtype)
+def cached(name: str, dtype: torch.dtype = torch.float32, packed=False) -> torch.nn.Module:
+    """`tiny`, for tests that leave the model as it is; packed: told to attend to packed rows."""
+    model = tiny(name, dtype)
+    if packed:
+        use_packed(model, torch.device("cpu"))
+    return model
 
 
 def make_examples(shapes, seed: int = 0) -> list[dict]:
@@ -115,39 +121,121 @@ def gradients(model, logps: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equals_a_full_log_softmax_of_one_sequence_at_a_time(name):
-    model = cached(name)
     with torch.no_grad():
-        plain = plain_logps(model, RAGGED)
-        shared = completion_logps(model, make_batch(RAGGED))
-        apart = completion_logps(model, make_batch(RAGGED, shared=False))
+        plain = plain_logps(cached(name), RAGGED)
+        ours = completion_logps(cached(name), make_batch(RAGGED))
     assert plain.std() > 0.4, "too flat to tell right from wrong"
-    assert shared.dtype == apart.dtype == torch.float32
-    torch.testing.assert_close(shared, plain, atol=1e-4, rtol=0)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_rows_equal_one_sequence_at_a_time(name):
+    model = cached(name, packed=True)
+    with torch.no_grad():
+        plain = plain_logps(cached(name), RAGGED)
+        packed = completion_logps(model, make_batch(RAGGED, packed=True))
+        apart = completion_logps(model, make_batch(RAGGED))  # the same model takes both
+    torch.testing.assert_close(packed, plain, atol=1e-4, rtol=0)
     torch.testing.assert_close(apart, plain, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_float64_stays_float64(shared):
-    model = cached("gpt_neox", torch.float64)
+@pytest.mark.parametrize("packed", [True, False])
+def test_float64_stays_float64(packed):
+    model = cached("gpt_neox", torch.float64, packed)
     with torch.no_grad():
-        logps = completion_logps(model, make_batch(RAGGED, shared=shared))
+        logps = completion_logps(model, make_batch(RAGGED, packed=packed))
         plain = plain_logps(model, RAGGED)
     assert logps.dtype == torch.float64
     torch.testing.assert_close(logps, plain, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("name", ["gpt_neox", "llama_tied", "gemma2", "phi"])
-def test_gradients_through_several_chunks_are_the_plain_ones(name, shared, monkeypatch):
-    model = cached(name)
+def test_gradients_through_several_chunks_are_the_plain_ones(name, packed, monkeypatch):
+    packed = packed and name in PACKED
+    model = cached(name, packed=packed)
     plain = gradients(model, plain_logps(model, RAGGED))
     monkeypatch.setattr(common, "CHUNK", 3 * VOCABULARY)
-    ours = gradients(model, completion_logps(model, make_batch(RAGGED, shared=shared)))
+    ours = gradients(model, completion_logps(model, make_batch(RAGGED, packed=packed)))
     assert ours.keys() == plain.keys()
     assert max(gradient.abs().max() for gradient in plain.values()) > 0.1
     for parameter, gradient in plain.items():
         limit = 1e-4 * max(1, float(gradient.abs().max()))
         torch.testing.assert_close(ours[parameter], gradient, atol=limit, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 9), st.integers(0, 2**31), st.sampled_from([0, 50, 1e4]))
+def test_token_logps_are_cross_entropy(n, vocabulary, seed, shift):
+    """Values and gradient, also of logits far from 0, whose exponentials overflow."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, vocabulary, dtype=torch.float64, generator=generator) * 30 + shift
+    targets = torch.randint(vocabulary, (n,), generator=generator)
+    weights = torch.randn(n, dtype=torch.float64, generator=generator)
+    found = []
+    for plain in (True, False):
+        leaf = logits.clone().requires_grad_()
+        its = leaf * 1  # not a leaf, as a head's output is not
+        if plain:
+            logps = -torch.nn.functional.cross_entropy(its, targets, reduction="none")
+        else:
+            logps, _ = TokenLogps.apply(its, targets)
+        (logps * weights).sum().backward()
+        found.append((logps.detach(), leaf.grad))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-10, rtol=1e-12)
+    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-10, rtol=0)
+
+
+def test_token_logps_refuse_a_second_backward_whose_logits_are_gone():
+    its = torch.zeros(2, 3, requires_grad=True) * 1
+    logps, _ = TokenLogps.apply(its, torch.tensor([0, 1]))
+    logps.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=4))
+def test_the_block_mask_lets_a_token_see_its_prompt_and_its_own_completion(lengths):
+    """Against the rule written out, token by token; padding sees no row and no row sees it."""
+    owner = [(r, k) for r, row in enumerate(lengths) for k, n in enumerate(row) for _ in range(n)]
+    owner += [(-1, 0)] * 3
+    mask = block_mask(*torch.tensor(owner).T)
+    assert mask.shape == (1, 1, len(owner), len(owner))
+    for q, of_q in enumerate(owner):
+        for k, of_k in enumerate(owner):
+            may = of_k in (of_q, (of_q[0], 0))
+            here = [torch.tensor(number) for number in (0, 0, q, k)]
+            assert bool(mask.mask_mod(*here)) == bool(may and k <= q), (q, k)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llama_tied"])
+def test_flex_attention_gives_the_same_numbers(name, monkeypatch):
+    """What a GPU uses, here uncompiled and forward only: a CPU has no more of it."""
+    import transformers.integrations.flex_attention as flex
+
+    uncompiled = flex.flex_attention
+    monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: uncompiled)
+    model, batch = tiny(name), make_batch(RAGGED, packed=True)
+    use_packed(model, torch.device("cpu"))
+    with torch.no_grad():
+        expected = completion_logps(model, batch)
+    use_packed(model, torch.device("cuda"))
+    assert model.config._attn_implementation == "flex_attention"
+
+    def as_on_a_gpu(lengths, tokens, device):
+        given = packed_layout(lengths, tokens, device)
+        owner = [
+            (r, k) for r, row in enumerate(lengths) for k, n in enumerate(row) for _ in [0] * n
+        ]
+        mask = block_mask(*torch.tensor(owner).T)
+        return {"position_ids": given["position_ids"], "attention_mask": mask}
+
+    monkeypatch.setattr(common, "packed_layout", as_on_a_gpu)
+    with torch.no_grad():
+        logps = completion_logps(model, batch)
+    torch.testing.assert_close(logps, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
@@ -237,35 +325,38 @@ EXAMPLES = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(EXAMPLES, st.randoms(use_true_random=False), TOKENS, st.booleans())
-def test_padding_order_and_company_change_nothing(examples, random, pad_id, shared):
-    model = cached("gpt_neox", torch.float64)
+def test_padding_order_and_company_change_nothing(examples, random, pad_id, packed):
+    model = cached("gpt_neox", torch.float64, packed)
     order = list(range(len(examples)))
     random.shuffle(order)
-    batch = make_batch([examples[i] for i in order], pad_id=pad_id, shared=shared)
+    batch = make_batch([examples[i] for i in order], pad_id=pad_id, packed=packed)
     with torch.no_grad():
         together = completion_logps(model, batch)
-        alone = [completion_logps(model, make_batch([examples[i]])) for i in order]
+        alone = [completion_logps(model, make_batch([examples[i]], packed=packed)) for i in order]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox_eager", "gpt2"])
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "gpt2"])
 def test_a_completion_does_not_see_its_sibling(name):
-    model = cached(name)
+    model = cached(name, packed=True)
     first, second = make_examples([(5, [4, 6])]), make_examples([(5, [4, 6])])
     second[0]["completions_ids"][0] = [(token + 7) % VOCABULARY for token in [9, 2, 5, 1]]
     assert first[0]["completions_ids"][1] == second[0]["completions_ids"][1]
     with torch.no_grad():
-        before = completion_logps(model, make_batch(first))
-        after = completion_logps(model, make_batch(second))
+        before = completion_logps(model, make_batch(first, packed=True))
+        after = completion_logps(model, make_batch(second, packed=True))
     torch.testing.assert_close(after[4:], before[4:], atol=1e-6, rtol=0)
     assert (after[:4] - before[:4]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("chunk", [1, 2**24])
-def test_an_empty_batch_takes_part_with_gradients_of_zero(chunk, monkeypatch):
+def test_an_empty_batch_takes_part_with_gradients_of_zero(chunk, packed, monkeypatch):
     monkeypatch.setattr(common, "CHUNK", chunk)
     model = tiny("gpt_neox")
-    batch = make_batch([])
+    if packed:
+        use_packed(model, torch.device("cpu"))
+    batch = make_batch([], packed=packed)
     logps = completion_logps(model, batch)
     assert logps.shape == (0,) and logps.dtype == torch.float32
     assert batch.sum(logps).shape == (0,) and batch.indices.shape == (0,)
@@ -278,18 +369,31 @@ def test_an_empty_batch_takes_part_with_gradients_of_zero(chunk, monkeypatch):
 # ---------------------------------------------------------------------------------- the layout
 
 
-def test_a_prompt_is_laid_out_once_unless_told_otherwise():
-    example = {"prompt_ids": [11, 12], "completions_ids": [[21, 22, 23], [31]]}
-    shared = make_batch([example], pad_id=9)
-    assert shared.input_ids.tolist() == [[11, 12, 21, 22, 23, 31]]
-    assert shared.position_ids.tolist() == [[0, 1, 2, 3, 4, 2]]
-    apart = make_batch([example], pad_id=9, shared=False)
-    assert apart.input_ids.tolist() == [[11, 12, 21, 22, 23], [11, 12, 31, 9, 9]]
-    assert apart.position_ids[:, :3].tolist() == [[0, 1, 2], [0, 1, 2]]
-    for batch in (shared, apart):
-        assert batch.targets.tolist() == [21, 22, 23, 31]
+def test_the_two_layouts_by_hand():
+    pair = {"prompt_ids": [11, 12], "completions_ids": [[21, 22, 23], [31]]}
+    other = {"prompt_ids": [13], "completions_ids": [[41, 42]]}
+    apart = make_batch([pair, other], pad_id=9)
+    assert apart.input_ids.tolist() == [
+        [11, 12, 21, 22, 23],
+        [11, 12, 31, 9, 9],
+        [13, 41, 42, 9, 9],
+    ]
+    assert apart.lengths == []
+    packed = make_batch([pair, other], pad_id=9, packed=True)
+    assert packed.input_ids.tolist() == [[11, 12, 21, 22, 23, 31, 13, 41, 42]]
+    assert packed.lengths == [[2, 3, 1], [1, 2]]
+    told = packed_layout(packed.lengths, 9, torch.device("cpu"))
+    assert told["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2]]
+    for batch in (packed, apart):
+        assert batch.targets.tolist() == [21, 22, 23, 31, 41, 42]
         flat = batch.input_ids.flatten()
-        assert flat[batch.predictors].tolist() == [12, 21, 22, 12]
+        assert flat[batch.predictors].tolist() == [12, 21, 22, 12, 13, 41]
+
+
+def test_for_a_gpu_a_packed_row_is_padded_to_whole_blocks():
+    batch = make_batch(RAGGED, "meta", packed=True)
+    assert batch.input_ids.shape == (1, common.BLOCK)
+    assert sum(map(sum, batch.lengths)) == 53
 
 
 def test_indices_are_those_given_or_count_from_0():
@@ -303,15 +407,15 @@ def test_reference_logps_come_along_in_order():
         size = sum(map(len, example["completions_ids"]))
         example["reference_logps"] = torch.arange(n, n + size, dtype=torch.float32).numpy()
         n += size
-    for shared in (True, False):
-        batch = make_batch(examples, shared=shared)
+    for packed in (True, False):
+        batch = make_batch(examples, packed=packed)
         assert batch.reference_logps.tolist() == list(range(n)) == list(range(len(batch.targets)))
     assert make_batch(RAGGED).reference_logps.shape == (0,)
 
 
 @settings(max_examples=50, deadline=None)
 @given(EXAMPLES, st.booleans())
-def test_pad_and_sum_are_the_plain_loop(examples, shared):
+def test_pad_and_sum_are_the_plain_loop(examples, packed):
     lengths = [len(ids) for example in examples for ids in example["completions_ids"]]
     values = torch.arange(1.0, sum(lengths) + 1, dtype=torch.float64, requires_grad=True)
     padded, sums, start = [], [], 0
@@ -320,7 +424,7 @@ def test_pad_and_sum_are_the_plain_loop(examples, shared):
         padded.append(piece + [0.0] * (max(lengths) - length))
         sums.append(sum(piece))
         start += length
-    batch = make_batch(examples, shared=shared)
+    batch = make_batch(examples, packed=packed)
     assert batch.pad(values).tolist() == padded
     assert batch.sum(values).tolist() == sums
     batch.sum(values).sum().backward()
@@ -331,14 +435,14 @@ def test_pad_and_sum_are_the_plain_loop(examples, shared):
 
 
 def check(model, examples, bfloat16: bool = False) -> SimpleNamespace:
-    """What `self_check` says of a model: a run with `shared` and `record`."""
+    """What `self_check` says of a model: a run with `packed` and `record`."""
     run = SimpleNamespace(
         device=torch.device("cpu"),
         bfloat16=bfloat16,
         dtype=torch.float32,
         model_path="tiny",
         record={},
-        shared=None,
+        packed=None,
     )
     common.self_check(common.Policy(model, None, bfloat16), as_arrays(examples), run)
     return run
@@ -359,90 +463,108 @@ PAIRS = make_examples([(3, [2, 2]), (8, [7, 9]), (5, [1, 4])])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_self_check_shares_prompts_where_that_is_right(name):
-    run = check(cached(name), PAIRS)
-    assert run.shared is True and run.record["shared_prompts"] is True
+def test_self_check_packs_rows_where_that_is_right(name):
+    model = tiny(name)
+    own = model.config._attn_implementation
+    run = check(model, PAIRS)
+    assert run.packed is run.record["packed_rows"] is (name in PACKED)
+    assert model.config._attn_implementation == ("packed" if name in PACKED else own)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_self_check_passes_bfloat16():
-    assert check(calm(), PAIRS, bfloat16=True).shared is True
+    assert check(calm(), PAIRS, bfloat16=True).packed is True
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 def test_self_check_keeps_rows_apart_under_a_short_window(name):
     model = tiny(name, sliding_window=4)
     run = check(model, PAIRS)
-    assert run.shared is False and run.record["shared_prompts"] is False
+    assert run.packed is False and run.record["packed_rows"] is False
     with torch.no_grad():  # which is then right
-        apart = completion_logps(model, make_batch(PAIRS, shared=False))
+        apart = completion_logps(model, make_batch(PAIRS))
         torch.testing.assert_close(apart, plain_logps(model, PAIRS), atol=1e-4, rtol=0)
 
 
 def test_self_check_looks_at_the_longest_sequence_not_at_the_longest_row():
     # Prompt and completion pass the window only in the second; its row is the shorter one.
     examples = make_examples([(4, [12, 12]), (22, [2, 2])])
-    model = tiny("mistral", sliding_window=20)
-    assert check(model, examples[:1]).shared is True
-    assert check(model, examples[1:]).shared is False
-    assert check(model, examples).shared is False
+    for few, packed in ((examples[:1], True), (examples[1:], False), (examples, False)):
+        assert check(tiny("mistral", sliding_window=20), few).packed is packed
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_self_check_sees_a_window_that_is_passed_late_in_a_completion(bfloat16):
     examples = make_examples([(60, [20, 20])])  # its first twelve tokens are as they should be
-    assert check(tiny("mistral", sliding_window=72), examples, bfloat16).shared is False
-    assert check(tiny("mistral", sliding_window=96), examples, bfloat16).shared is True
+    assert check(tiny("mistral", sliding_window=72), examples, bfloat16).packed is False
+    assert check(tiny("mistral", sliding_window=96), examples, bfloat16).packed is True
 
 
-def test_prompts_are_shared_only_where_that_pays():
-    # Measured at a width of 256: 3.6 s a step shared and 2.6 s apart, against 1.1 s and 2.0 s.
-    short_prompts = make_examples([(100, [700, 700])])
-    assert not common.sharing_pays(short_prompts, hidden_size=256)
-    assert common.sharing_pays(make_examples([(160, [64, 64])]), hidden_size=256)
-    # A wide model's work is in its matrices, whose cost is the number of tokens.
-    assert common.sharing_pays(short_prompts, hidden_size=4096)
-    # One completion a prompt: the same row either way.
-    assert common.sharing_pays(make_examples([(1, [900])]), hidden_size=8)
-    # By hand, at width 1: 5 * (6 + 5) = 55 together, 3 * (6 + 1.5) + 4 * (6 + 2) = 54.5 apart.
-    assert not common.sharing_pays(make_examples([(2, [1, 2])]), hidden_size=1)
-    assert common.sharing_pays(make_examples([(2, [1, 2])]), hidden_size=2)  # 85 and 96.5
-
-
-def test_self_check_keeps_rows_apart_where_the_mask_is_ignored(monkeypatch):
+@pytest.mark.parametrize("ignored", ["position_ids", "lengths"])
+def test_self_check_keeps_rows_apart_where_what_it_says_is_ignored(ignored, monkeypatch):
     model = tiny("gpt_neox")
     forward = model.base_model.forward
 
-    def ignore_mask(input_ids=None, attention_mask=None, position_ids=None, **others):
-        return forward(input_ids=input_ids, position_ids=position_ids, **others)
+    def ignore(*rows, **given):  # the plain pass gives rows of its own
+        return forward(*rows, **{**given, ignored: None})
 
-    monkeypatch.setattr(model.base_model, "forward", ignore_mask)
-    assert check(model, PAIRS).shared is False
+    monkeypatch.setattr(model.base_model, "forward", ignore)
+    assert check(model, PAIRS).packed is False
 
 
-def test_self_check_keeps_rows_apart_where_positions_are_ignored(monkeypatch):
-    model = tiny("gpt_neox")
+def test_self_check_keeps_rows_apart_where_only_another_row_is_seen(monkeypatch):
+    """One completion each: nothing but what lies before in the packed row could be seen wrongly."""
+    model, examples = tiny("gpt_neox"), make_examples([(3, [2]), (8, [7])])
+    assert check(model, examples).packed is True
     forward = model.base_model.forward
 
-    def ignore_positions(input_ids=None, attention_mask=None, position_ids=None, **others):
-        return forward(input_ids=input_ids, attention_mask=attention_mask, **others)
+    def ignore(*rows, lengths=None, **given):
+        return forward(*rows, lengths=[[sum(map(sum, lengths))]] if lengths else None, **given)
 
-    monkeypatch.setattr(model.base_model, "forward", ignore_positions)
-    assert check(model, PAIRS).shared is False
+    monkeypatch.setattr(model.base_model, "forward", ignore)
+    assert check(model, examples).packed is False
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError])
-def test_self_check_keeps_rows_apart_where_a_mask_is_refused(error, monkeypatch):
+def test_self_check_keeps_rows_apart_where_they_are_refused(error, monkeypatch):
     model = tiny("gpt_neox")
     forward = model.base_model.forward
 
-    def refuse(input_ids=None, attention_mask=None, position_ids=None, **others):
-        if attention_mask is not None and attention_mask.dim() == 4:
-            raise error("no such mask")
+    def refuse(input_ids=None, position_ids=None, **others):
+        if position_ids is not None:
+            raise error("no such argument")
         return forward(input_ids=input_ids, **others)
 
     monkeypatch.setattr(model.base_model, "forward", refuse)
     run = check(model, PAIRS)
-    assert run.shared is False and run.record["shared_prompts"] is False
+    assert run.packed is False and run.record["packed_rows"] is False
+
+
+def test_self_check_keeps_rows_apart_where_the_backward_pass_fails(monkeypatch):
+    """As what a GPU compiles might, only then."""
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("no kernel for this shape")
+
+    monkeypatch.setattr(common, "packed_layout", lambda *_: {"broken": True})
+    model = tiny("gpt_neox")
+    forward = model.base_model.forward
+
+    def fail_later(*rows, broken=False, **given):
+        result = forward(*rows, **given)
+        if broken:
+            result.last_hidden_state = Broken.apply(result.last_hidden_state)
+        return result
+
+    monkeypatch.setattr(model.base_model, "forward", fail_later)
+    run = check(model, make_examples([(4, [3])]))
+    assert run.packed is False and model.config._attn_implementation == "sdpa"
 
 
 class Scaled(GPTNeoXForCausalLM):

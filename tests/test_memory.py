@@ -27,9 +27,9 @@ def small(kind: str, layers: int, width: int = 256, vocabulary: int = 128):
     )
 
 
-def pairs(count: int, prompt: int = 128, completion: int = 64) -> list[dict]:
-    ids = {"prompt_ids": np.arange(prompt) % 100, "completions_ids": [np.arange(completion)] * 2}
-    return [ids] * count
+def examples(count: int) -> list[dict]:
+    """KTO's: one completion each, 256 tokens in all."""
+    return [{"prompt_ids": np.arange(128), "completions_ids": [np.arange(128)]}] * count
 
 
 def kept(kind: str, layers: int, bfloat16: bool) -> int:
@@ -45,8 +45,9 @@ def kept(kind: str, layers: int, bfloat16: bool) -> int:
         alive.append(tensor)
         return tensor
 
+    common.use_packed(model, torch.device("cpu"))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        common.Policy(model, None, bfloat16)(common.make_batch(pairs(1)))
+        common.Policy(model, None, bfloat16)(common.make_batch(examples(1), packed=True))
     return sum(storages.values())
 
 
@@ -67,9 +68,9 @@ def test_states_are_split_and_activations_are_not():
     config = small("gpt_neox", 4)
     one, four = memory.predict(config, 1, 1000), memory.predict(config, 4, 1000)
     assert one["states"] == 4 * four["states"]
-    assert one["activations"] == four["activations"] == 4 * 1000 * 256 * 40
+    assert one["activations"] == four["activations"] == 4 * 1000 * 256 * 38
     checkpointed = memory.predict(config, 1, 1000, checkpointing=True)
-    assert checkpointed["activations"] == 1000 * 256 * (40 + 4 * 2)
+    assert checkpointed["activations"] == 1000 * 256 * (38 + 4 * 2)
     adamw = memory.predict(config, 1, 1000, optimizer="adamw")
     assert adamw["states"] * 3 == one["states"] * 4
 
@@ -97,7 +98,7 @@ import sys, json, torch, common
 from archangel import memory
 from transformers import AutoModelForCausalLM
 sys.path.insert(0, "tests")
-from test_memory import pairs, small
+from test_memory import examples, small
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -110,10 +111,11 @@ def look(*_):
 
 checkpointing = sys.argv[1] == "True"
 config = small("gpt_neox", 6, 512, 2048)
-batch = common.make_batch(pairs(4))
+batch = common.make_batch(examples(4), packed=True)
 torch.set_num_threads(1)
 before = anonymous()
 policy = common.Policy(AutoModelForCausalLM.from_config(config), None, False).eval()
+common.use_packed(policy.lm, torch.device("cpu"))
 if checkpointing:
     blocks = list(policy.lm.base_model.layers)
     common.checkpoint_wrapper.apply_activation_checkpointing(

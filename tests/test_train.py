@@ -125,7 +125,7 @@ def test_command_line_trains_a_model_that_plain_transformers_loads(script, alone
     assert "eval_loss" in records[0] and "eval_loss" in records[-1]
     assert records[-1]["eval_loss"] < records[0]["eval_loss"]
     record = json.loads((out / "run.json").read_text())
-    assert record["finished"] and record["shared_prompts"] and record["script"] == f"{script}.py"
+    assert record["finished"] and record["packed_rows"] and record["script"] == f"{script}.py"
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     base = load_file(common.TOY / "model" / "model.safetensors")
@@ -154,7 +154,11 @@ def test_two_processes_give_the_losses_of_one(script, limit, alone, data, tmp_pa
 def test_memory_limit_and_padding_change_no_loss(script, alone, data, tmp_path, monkeypatch):
     values = settings(data, tmp_path / "cut", dtype="float64", micro_batch_tokens=200)
     assert_same_losses(metrics(alone(script)), run_here(script, **values), 1e-12)
-    monkeypatch.setattr(common, "ALIKE", 0.0)  # all in one piece, as on a GPU
+
+    def not_for_this_model(*_):
+        raise ValueError("then each completion gets a padded row of its own")
+
+    monkeypatch.setattr(common, "use_packed", not_for_this_model)
     values |= {"out": str(tmp_path / "whole"), "micro_batch_tokens": 8192}
     whole = run_here(script, **values)
     assert_same_losses(metrics(alone(script)), whole, 1e-12)
