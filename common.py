@@ -7,9 +7,9 @@ In the order of a run:
     add_reference_logps               the log-probabilities that training starts from
     make_optimizer, clip_gradient     the rest of a step
 
-What is not about training lives in archangel/ and is imported here, so that a script needs this
-module alone: the command line (command.py), rows to token ids and their order (rows.py), a run's
-folder and checkpoints (run.py), and what makes a step faster for the same numbers (fast.py).
+What is not about training, or only makes it faster, lives in archangel/ and is imported here, so
+that a script needs this module alone: the command line (command.py), rows to token ids and their
+order (rows.py), a run's folder and checkpoints (run.py), packed rows and the head (fast.py).
 """
 
 import dataclasses
@@ -129,9 +129,8 @@ def completion_logps(model: nn.Module, batch: Batch, return_hidden=False) -> Ten
     """
     # A row of its own is plain causal text: the model's defaults serve. Padding comes last, where
     # nothing looks.
-    ids, layout = batch.input_ids, {}
-    if batch.lengths:
-        layout = packed_layout(batch.lengths, ids.shape[1], ids.device)
+    ids = batch.input_ids
+    layout = packed_layout(model, batch.lengths, ids) if batch.lengths else {}
     hidden = model.base_model(input_ids=ids, use_cache=False, **layout)
     hidden = hidden.last_hidden_state.flatten(0, 1)[batch.predictors]  # (N, H)
     training = torch.is_grad_enabled()

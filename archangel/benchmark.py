@@ -416,8 +416,8 @@ def ours(connection, config: Config, folder: Path, rows: Path, name: str, stage:
 
     turns.wait()
     if config.method in REFERENCE:
-        with_partners = getattr(script, "with_partners", lambda examples: examples)
-        common.add_reference_logps(policy, with_partners(examples), run)
+        everyone = script.with_partners(examples) if config.method == "kto" else examples
+        common.add_reference_logps(policy, everyone, run)
     turns.stop()
     turns.tell(**checks(examples, config, policy, run))
 
@@ -461,9 +461,10 @@ def checks(examples: Sequence[dict], config: Config, policy, run) -> dict:
         ratios = torch.cat(parts)
         figures |= {"log_ratio_mean": ratios.mean().item(), "log_ratio_max": ratios.max().item()}
     if run.device.type == "cuda":
-        batch, ids = (common.make_batch(first[:4], device) for device in (run.device, "cpu"))
+        batch = common.make_batch(first[:4], run.device, packed=run.packed)
         exact = GPTNeoXForCausalLM.from_pretrained(run.model_path, dtype=torch.float32).eval()
-        error = (policy(batch).cpu() - common.completion_logps(exact, ids)).abs()
+        plain = common.completion_logps(exact, common.make_batch(first[:4]))
+        error = (policy(batch).cpu() - plain).abs()
         figures |= {"token_error_mean": error.mean().item(), "token_error_max": error.max().item()}
     return figures
 

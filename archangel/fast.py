@@ -61,11 +61,17 @@ def use_packed(model: PreTrainedModel, device: torch.device) -> None:
     model.set_attn_implementation("packed" if device.type == "cpu" else "flex_attention")
 
 
-def packed_layout(lengths: list[list[int]], tokens: int, device: torch.device) -> dict:
-    """What the forward pass is to be told of a packed row: position_ids (1, T), who sees whom.
+def packed_layout(model: PreTrainedModel, lengths: list[list[int]], input_ids: Tensor) -> dict:
+    """What the forward pass is to be told of a packed row (1, T): position_ids, who sees whom.
 
-    tokens: T, padding included. A completion's positions go on from the end of its prompt.
+    A completion's positions go on from the end of its prompt. Raises ValueError where the model
+    does not attend to packed rows.
     """
+    if model.config._attn_implementation not in ("packed", "flex_attention"):
+        raise ValueError(
+            "a packed batch is for a model that was told so: use_packed(model, device)"
+        )
+    tokens, device = input_ids.shape[1], input_ids.device
     positions, rows, parts = np.zeros(tokens, int), np.full(tokens, -1), np.zeros(tokens, int)
     end = 0
     for number, row in enumerate(lengths):

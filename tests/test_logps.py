@@ -140,6 +140,11 @@ def test_packed_rows_equal_one_sequence_at_a_time(name):
     torch.testing.assert_close(apart, plain, atol=1e-4, rtol=0)
 
 
+def test_a_packed_batch_is_refused_by_a_model_that_was_not_told():
+    with pytest.raises(ValueError, match="use_packed"):
+        completion_logps(cached("gpt_neox"), make_batch(RAGGED, packed=True))
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_float64_stays_float64(packed):
     model = cached("gpt_neox", torch.float64, packed)
@@ -224,8 +229,8 @@ def test_flex_attention_gives_the_same_numbers(name, monkeypatch):
     use_packed(model, torch.device("cuda"))
     assert model.config._attn_implementation == "flex_attention"
 
-    def as_on_a_gpu(lengths, tokens, device):
-        given = packed_layout(lengths, tokens, device)
+    def as_on_a_gpu(model, lengths, input_ids):
+        given = packed_layout(model, lengths, input_ids)
         owner = [
             (r, k) for r, row in enumerate(lengths) for k, n in enumerate(row) for _ in [0] * n
         ]
@@ -382,7 +387,7 @@ def test_the_two_layouts_by_hand():
     packed = make_batch([pair, other], pad_id=9, packed=True)
     assert packed.input_ids.tolist() == [[11, 12, 21, 22, 23, 31, 13, 41, 42]]
     assert packed.lengths == [[2, 3, 1], [1, 2]]
-    told = packed_layout(packed.lengths, 9, torch.device("cpu"))
+    told = packed_layout(cached("gpt_neox", packed=True), packed.lengths, packed.input_ids)
     assert told["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2]]
     for batch in (packed, apart):
         assert batch.targets.tolist() == [21, 22, 23, 31, 41, 42]
