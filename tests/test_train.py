@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -411,6 +412,35 @@ def test_reference_column_is_shared_and_keyed_by_weights_rows_and_limits(data, t
         "dpo", **settings(data, tmp_path / "sft_dpo", max_steps=1, model=str(tmp_path / "sft"))
     )
     assert len(set(reference.iterdir())) == len(second) + 2
+
+
+@pytest.mark.parametrize("kl, behind_a_prompt", [("zero", 2), ("mismatched", 4)])
+def test_the_reference_of_both_halves_of_a_pair_is_one_row(
+    kl, behind_a_prompt, data, tmp_path, monkeypatch
+):
+    """And of their partners, which have the same prompt; what comes out is each one's own."""
+    lengths, make, passes = [], common.make_batch, []
+
+    def watch(*given, **others):
+        batch = make(*given, **others)
+        lengths.extend(batch.lengths)
+        return batch
+
+    def keep(policy, examples, run):
+        lengths.clear()
+        add(policy, examples, run)
+        passes.append((len(lengths), {len(row) - 1 for row in lengths}))
+        with torch.no_grad():
+            for example in examples[:8]:
+                alone = policy(make([{**example}], packed=True)).numpy()
+                np.testing.assert_allclose(example["reference_logps"], alone, atol=1e-9)
+
+    add = common.add_reference_logps
+    monkeypatch.setattr(common, "make_batch", watch)
+    monkeypatch.setattr(common, "add_reference_logps", keep)
+    values = settings(data, tmp_path / "kto", dtype="float64", max_steps=1, kl=kl)
+    run_here("kto", **values)
+    assert passes == [(200, {behind_a_prompt}), (24, {behind_a_prompt})]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
