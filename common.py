@@ -2,7 +2,7 @@
 
 In the order of a run:
     make_batch, completion_logps      token ids to the log-probability of every completion token
-    plan, micro_batches, gather       a global batch in pieces, their figures together again
+    micro_batches, gather             a global batch in pieces, their figures together again
     load_policy, self_check           the model, sharded over the processes, and whether it is right
     add_reference_logps               the log-probabilities that training starts from
     make_optimizer, clip_gradient     the rest of a step
@@ -36,9 +36,9 @@ from archangel.rows import (
     add_partners,
     completion_tokens,
     endless,
-    example_tokens,
     examples_sha256,
     longest_sequence,
+    plan,
     read_data,
     read_rows,
     tokenise,
@@ -183,32 +183,9 @@ class Policy(nn.Module):
 # ------------------------------------------------------------------------- a global batch in pieces
 
 
-def plan(sizes: Sequence[int], limit: int, processes: int, packed=True) -> list[list[list[int]]]:
-    """For each process its micro-batches, lists of example numbers: as many for every process.
-
-    sizes: tokens of each example. The longest comes first, each to the process with the least to
-    do. The tokens of a micro-batch, padding to the longest included unless packed, stay within
-    limit, unless one example alone exceeds it. Who has fewer micro-batches gets empty ones.
-    """
-    shares, loads = [[] for _ in range(processes)], [0] * processes
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        process = loads.index(min(loads))
-        loads[process] += sizes[i]
-        pieces = shares[process]
-        piece = [*pieces[-1], i] if pieces else [i]
-        tokens = sum(sizes[k] for k in piece) if packed else len(piece) * sizes[piece[0]]
-        if len(piece) > 1 and tokens <= limit:
-            pieces[-1] = piece
-        else:
-            pieces.append([i])
-    most = max(map(len, shares))
-    return [pieces + [[]] * (most - len(pieces)) for pieces in shares]
-
-
 def micro_batches(examples: Sequence[dict], run: Run) -> list[Batch]:
     """This process's share of a global batch, in pieces of at most --micro_batch_tokens."""
-    sizes = [example_tokens(example, run.packed) for example in examples]
-    share = plan(sizes, run.config.micro_batch_tokens, run.world_size, run.packed)[run.rank]
+    share = plan(examples, run.config.micro_batch_tokens, run.world_size, run.packed)[run.rank]
     pad_id = run.tokenizer.eos_token_id
     return [
         make_batch([examples[i] for i in piece], run.device, pad_id, run.packed, piece)
@@ -296,7 +273,12 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
     Where packed rows are wrong for the architecture, rows stay apart. Raises UserError where the
     output head is not what `_head_logps` takes it for.
     """
-    two = [examples[0], max(examples, key=longest_sequence)]
+    first, longest = examples[0], max(examples, key=longest_sequence)
+    room, two = longest_sequence(longest), []
+    for example, other in ((first, longest), (longest, first)):  # with a sibling that may be seen
+        prompt, more = example["prompt_ids"], other["completions_ids"]
+        ids = [*example["completions_ids"], *(ids[: room - len(prompt)] for ids in more)]
+        two.append({"prompt_ids": prompt, "completions_ids": ids})
     apart = make_batch(two, run.device)
     with torch.no_grad():
         plain, ours = policy(apart, plain=True), policy(apart)
@@ -316,8 +298,14 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
         errors = F.pad(apart.pad((ours.detach() - plain).abs()), (0, 3))  # (C, T + 3)
         worst = F.avg_pool1d(errors, kernel_size=4, stride=1).max()
         run.packed = bool(worst < (0.2 if run.bfloat16 else 1e-3))
-    except (RuntimeError, TypeError, ValueError):  # takes no such attention, or no positions
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # it takes no such attention, or no positions, each in its own words
         run.packed = False
+    if run.world_size > 1:  # all or none: they go through as many micro-batches
+        everyones = torch.tensor(int(run.packed))
+        dist.all_reduce(everyones, dist.ReduceOp.MIN)
+        run.packed = bool(everyones)
     if not run.packed:
         policy.lm.set_attn_implementation(own_attention)
     policy.zero_grad()

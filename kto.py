@@ -294,7 +294,7 @@ def train(config: Config) -> None:
     if not run.start(train_set, test_set, steps):
         return
     policy = common.load_policy(run)
-    common.self_check(policy, train_set, run)
+    common.self_check(policy, with_partners(train_set + test_set), run)
     for examples in (with_partners(train_set), with_partners(test_set)):
         common.add_reference_logps(policy, examples, run)
     optimizer = common.make_optimizer(policy, config)

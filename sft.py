@@ -151,7 +151,7 @@ def train(config: Config) -> None:
     if not run.start(train_set, test_set, steps):
         return
     policy = common.load_policy(run)
-    common.self_check(policy, train_set, run)
+    common.self_check(policy, train_set + test_set, run)
     optimizer = common.make_optimizer(policy, config)
     done = run.resume(policy, optimizer)
     if done == 0:

@@ -4,7 +4,8 @@
 prompt and what came before it in its own completion, nothing of a sibling, nothing of another row.
 On a CPU that is torch's attention, a prompt and completion at a time, so that no score is computed
 to be masked; on a GPU transformers' flex attention with this rule as its block mask. Neither knows
-attention windows, caps or sinks: `common.self_check` finds out which models need them.
+attention windows, caps or sinks: `common.self_check` finds out whether a model needs them for the
+longest sequence of the data.
 
 **The head's cross-entropy in the memory of its logits**, of which torch's takes three times.
 """
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -31,7 +33,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention (1, T, heads, d) of a packed row, from query, key and value (1, heads, T, d).
 
-    lengths: of each prompt and the completions behind it. Without them, rows apart, plain causal.
+    lengths: of each prompt and the completions behind it (none in an empty batch). Without them
+    rows are apart and attention is plain causal: a padded prompt, as `generate` has, is not masked.
     """
     if lengths is None:
         others["scaling"] = scaling
@@ -80,13 +83,16 @@ def packed_layout(model: PreTrainedModel, lengths: list[list[int]], input_ids: T
             positions[start:end] = np.arange(length) + (row[0] if part else 0)
             rows[start:end], parts[start:end] = number, part
     positions, rows, parts = (torch.from_numpy(x).to(device) for x in (positions, rows, parts))
-    if device.type == "cpu":
+    if model.config._attn_implementation == "packed":
         return {"position_ids": positions[None], "lengths": lengths}
     return {"position_ids": positions[None], "attention_mask": block_mask(rows, parts)}
 
 
 def block_mask(rows: Tensor, parts: Tensor) -> "torch.nn.attention.flex_attention.BlockMask":
-    """The rule for flex attention, from the row (T,) and the part of it (T,) that a token is in."""
+    """The rule for flex attention, from the row (T,) and the part of it (T,) that a token is in.
+
+    It is evaluated for all T x T, once a forward pass, and kept by blocks.
+    """
     from torch.nn.attention.flex_attention import create_block_mask  # takes a second to import
 
     def sees(batch, head, query, key):
@@ -97,7 +103,7 @@ def block_mask(rows: Tensor, parts: Tensor) -> "torch.nn.attention.flex_attentio
 
 
 class TokenLogps(torch.autograd.Function):
-    """-F.cross_entropy(logits, targets, reduction="none") that overwrites its logits (n, V)."""
+    """-F.cross_entropy(logits, targets, reduction="none") that destroys its logits (n, V)."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +116,7 @@ class TokenLogps(torch.autograd.Function):
         return (wanted - highest - total.log()).squeeze(1), logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor, _) -> tuple[Tensor, None]:
         """The gradient of logits: of a token 1 at its target, less the softmax."""
         exponentials, total, targets = ctx.saved_tensors

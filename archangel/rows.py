@@ -148,15 +148,43 @@ def completion_tokens(examples: Sequence[dict]) -> int:
     return sum(len(ids) for example in examples for ids in example["completions_ids"])
 
 
-def example_tokens(example: dict, packed: bool = True) -> int:
-    """The tokens that an example takes in a batch; unpacked, of a row a completion, all as long."""
-    prompt, lengths = len(example["prompt_ids"]), [len(ids) for ids in example["completions_ids"]]
-    return prompt + sum(lengths) if packed else len(lengths) * (prompt + max(lengths))
+def example_tokens(example: dict) -> int:
+    """Tokens of the prompt and all its completions."""
+    return len(example["prompt_ids"]) + completion_tokens([example])
 
 
 def longest_sequence(example: dict) -> int:
     """Tokens of the prompt and the longest completion."""
     return len(example["prompt_ids"]) + max(len(ids) for ids in example["completions_ids"])
+
+
+def plan(
+    examples: Sequence[dict], limit: int, processes: int, packed: bool = True
+) -> list[list[list[int]]]:
+    """For each process its micro-batches, lists of example numbers: as many for every process.
+
+    The examples with most tokens come first, each to the process with the fewest so far. The tokens
+    of a micro-batch (unpacked: of a row for each completion, all as long as the longest) stay
+    within limit, unless one example alone exceeds it. Who has fewer micro-batches gets empty ones.
+    """
+
+    def tokens(piece: list[int]) -> int:
+        its = [examples[i] for i in piece]
+        if packed:
+            return sum(map(example_tokens, its))
+        return sum(len(e["completions_ids"]) for e in its) * max(map(longest_sequence, its))
+
+    shares, loads = [[] for _ in range(processes)], [0] * processes
+    for i in sorted(range(len(examples)), key=lambda i: -tokens([i])):
+        process = loads.index(min(loads))
+        loads[process] += tokens([i])
+        pieces = shares[process]
+        if pieces and tokens([*pieces[-1], i]) <= limit:
+            pieces[-1].append(i)
+        else:
+            pieces.append([i])
+    most = max(map(len, shares))
+    return [pieces + [[]] * (most - len(pieces)) for pieces in shares]
 
 
 def examples_sha256(examples: Sequence[dict], *more) -> str:

@@ -31,13 +31,17 @@ SHARED = {
 }
 # A script made from another: what its parent shares with anyone, it shares with its parent.
 COPIES = {"tests/sixth_loss/ipo": "dpo"}
+CHECK = "    common.self_check(policy, {}, run)"
+PARTNERED = f"-{CHECK.format('with_partners(train_set + test_set)')}"
+PLAIN = f"+{CHECK.format('train_set + test_set')}"
+LOOP = "-    for examples in (with_partners(train_set), with_partners(test_set)):"
+# What the mismatched reference point is taken over is checked, and has a reference, as well.
+PARTNERS = [PARTNERED, LOOP, PLAIN, "+    for examples in (train_set, test_set):"]
 REFERENCE = [
-    "-    for examples in (with_partners(train_set), with_partners(test_set)):",
+    PARTNERED,
+    LOOP,
     "-        common.add_reference_logps(policy, examples, run)",
-]
-PARTNERS = [  # what the mismatched reference point is taken over has a reference as well
-    "-    for examples in (with_partners(train_set), with_partners(test_set)):",
-    "+    for examples in (train_set, test_set):",
+    PLAIN,
 ]
 ALLOWED = {  # (function, script): the lines in which it may differ, and why
     ("train", "dpo"): PARTNERS,
@@ -45,8 +49,9 @@ ALLOWED = {  # (function, script): the lines in which it may differ, and why
     ("train", "sft"): REFERENCE,
     ("train", "ppo_offline"): [  # its policy has a value head
         "-    policy = common.load_policy(run)",
+        *PARTNERS[:2],
         "+    policy = common.load_policy(run, value_head=True)",
-        *PARTNERS,
+        *PARTNERS[2:],
     ],
 }
 

@@ -229,15 +229,6 @@ def test_flex_attention_gives_the_same_numbers(name, monkeypatch):
     use_packed(model, torch.device("cuda"))
     assert model.config._attn_implementation == "flex_attention"
 
-    def as_on_a_gpu(model, lengths, input_ids):
-        given = packed_layout(model, lengths, input_ids)
-        owner = [
-            (r, k) for r, row in enumerate(lengths) for k, n in enumerate(row) for _ in [0] * n
-        ]
-        mask = block_mask(*torch.tensor(owner).T)
-        return {"position_ids": given["position_ids"], "attention_mask": mask}
-
-    monkeypatch.setattr(common, "packed_layout", as_on_a_gpu)
     with torch.no_grad():
         logps = completion_logps(model, batch)
     torch.testing.assert_close(logps, expected, atol=1e-4, rtol=0)
@@ -448,6 +439,7 @@ def check(model, examples, bfloat16: bool = False) -> SimpleNamespace:
         model_path="tiny",
         record={},
         packed=None,
+        world_size=1,
     )
     common.self_check(common.Policy(model, None, bfloat16), as_arrays(examples), run)
     return run
@@ -530,7 +522,28 @@ def test_self_check_keeps_rows_apart_where_only_another_row_is_seen(monkeypatch)
     assert check(model, examples).packed is False
 
 
-@pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError])
+def test_self_check_sees_a_sibling_though_each_example_has_one_completion():
+    """As KTO's: the reference pass puts both halves of a pair behind one prompt."""
+    short_convolutions = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}
+    config = AutoConfig.for_model("lfm2", **SIZE | short_convolutions)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1))
+    assert check(model, make_examples([(40, [20]), (42, [20])]), bfloat16=True).packed is False
+
+
+def test_self_check_does_not_take_no_memory_for_no_such_attention(monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(common, "packed_layout", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        check(tiny("gpt_neox"), PAIRS)
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, RuntimeError])
 def test_self_check_keeps_rows_apart_where_they_are_refused(error, monkeypatch):
     model = tiny("gpt_neox")
     forward = model.base_model.forward

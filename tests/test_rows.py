@@ -624,52 +624,62 @@ def test_endless_passes_differ_and_depend_on_all_of_the_seed():
     assert endless(n, (1, 0), 7 * n, 8 * n) == endless(n, (1, 0), 6 * n, 9 * n)[n : 2 * n]
 
 
+def of_lengths(*rows: tuple) -> list[dict]:
+    """Examples of (prompt, completion, ...) tokens."""
+    return [
+        {"prompt_ids": np.ones(prompt), "completions_ids": [np.ones(n) for n in completions]}
+        for prompt, *completions in rows
+    ]
+
+
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.integers(1, 60), max_size=40),
+    st.lists(st.lists(st.integers(1, 30), min_size=2, max_size=4), max_size=40),
     st.integers(1, 200),
     st.integers(1, 5),
     st.booleans(),
 )
-def test_plan_deals_every_example_once_within_the_limit(sizes, limit, processes, packed):
-    def tokens(piece):
-        its = [sizes[i] for i in piece]
-        return sum(its) if packed else len(its) * max(its)
+def test_plan_deals_every_example_once_within_the_limit(lengths, limit, processes, packed):
+    examples = of_lengths(*lengths)
 
-    shares = plan(sizes, limit, processes, packed)
+    def tokens(piece):
+        return common.make_batch([examples[i] for i in piece], packed=packed).input_ids.numel()
+
+    shares = plan(examples, limit, processes, packed)
     assert len(shares) == processes
     assert len({len(pieces) for pieces in shares}) == 1, "not the same number on every process"
     dealt = Counter(i for pieces in shares for piece in pieces for i in piece)
-    assert dealt == Counter(range(len(sizes)))
+    assert dealt == Counter(range(len(examples)))
     for pieces in shares:
         assert all(len(piece) <= 1 or tokens(piece) <= limit for piece in pieces)
-        # Like lengths go together: no example of one piece falls between two of another.
-        spans = sorted((max(sizes[i] for i in p), min(sizes[i] for i in p)) for p in pieces if p)
-        for (shorter, _), (_, longer) in zip(spans, spans[1:]):
-            assert shorter <= longer
-        # No more pieces than needed: two neighbours in length do not fit into one.
+        # No more pieces than needed: what begins one would not have fitted into that before.
         full = [piece for piece in pieces if piece]
         for a, b in zip(full, full[1:]):
             assert tokens([*a, b[0]]) > limit, (a, b)
     # Work is balanced: nobody has more than another by over one example.
-    loads = [sum(sizes[i] for piece in pieces for i in piece) for pieces in shares]
-    assert max(loads) - min(loads) <= max(sizes, default=0)
+    loads = [sum(tokens([i]) for piece in pieces for i in piece) for pieces in shares]
+    assert max(loads) - min(loads) <= max((tokens([i]) for i in range(len(examples))), default=0)
 
 
 def test_plan_by_hand():
-    shares = plan([10] * 8, 40, 2)
+    ten, seven, hundred = (7, 3), (3, 4), (90, 10)
+    shares = plan(of_lengths(*[ten] * 8), 40, 2)
     assert [[len(piece) for piece in pieces] for pieces in shares] == [[4], [4]]
-    assert [[len(piece) for piece in pieces] for pieces in plan([10] * 9, 40, 2)] == [
-        [4, 1],
-        [4, 0],
-    ]
-    assert plan([7, 100, 7], 20, 1) == [[[1], [0, 2]]]
-    assert plan([9, 2, 4], 15, 1) == [[[0, 2, 1]]]
-    assert plan([9, 2, 4], 15, 1, packed=False) == [[[0], [2, 1]]]
-    assert plan([90, 40, 30, 20], 200, 2) == [[[0]], [[1, 2, 3]]]  # by work, not by count
+    shares = plan(of_lengths(*[ten] * 9), 40, 2)
+    assert [[len(piece) for piece in pieces] for pieces in shares] == [[4, 1], [4, 0]]
+    assert plan(of_lengths(seven, hundred, seven), 20, 1) == [[[1], [0, 2]]]
+    nine_two_four = of_lengths((8, 1), (1, 1), (1, 3))
+    assert plan(nine_two_four, 15, 1) == [[[0, 2, 1]]]
+    assert plan(nine_two_four, 15, 1, packed=False) == [[[0], [2, 1]]]
+    by_work = of_lengths((80, 10), (30, 10), (20, 10), (10, 10))
+    assert plan(by_work, 200, 2) == [[[0]], [[1, 2, 3]]]
+    # Apart, two rows of 10 and one of 19 are three of 19, 57 tokens.
+    unlike = of_lengths((2, 8, 8), (10, 9))
+    assert plan(unlike, 56, 1, packed=False) == [[[0], [1]]]
+    assert plan(unlike, 57, 1, packed=False) == [[[0, 1]]]
 
 
 def test_plan_gives_who_has_no_example_an_empty_piece():
-    assert sorted(plan([5], 10, 3)) == [[[]], [[]], [[0]]]
-    shares = plan([5] * 3, 5, 2)
+    assert sorted(plan(of_lengths((4, 1)), 10, 3)) == [[[]], [[]], [[0]]]
+    shares = plan(of_lengths(*[(4, 1)] * 3), 5, 2)
     assert sorted(map(len, shares[0] + shares[1])) == [0, 1, 1, 1]
