@@ -273,15 +273,17 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
     Where packed rows are wrong for the architecture, rows stay apart. Raises UserError where the
     output head is not what `_head_logps` takes it for.
     """
-    first, longest = examples[0], max(examples, key=longest_sequence)
-    room, two = longest_sequence(longest), []
-    for example, other in ((first, longest), (longest, first)):  # with a sibling that may be seen
-        prompt, more = example["prompt_ids"], other["completions_ids"]
-        ids = [*example["completions_ids"], *(ids[: room - len(prompt)] for ids in more)]
-        two.append({"prompt_ids": prompt, "completions_ids": ids})
+    longest, other = max(examples, key=longest_sequence), examples[0]
+    ids, others = longest["completions_ids"], [ids[:16] for ids in other["completions_ids"]]
+    two = [  # with a short sibling, and a short other row, where they may be seen or see wrongly
+        {"prompt_ids": longest["prompt_ids"], "completions_ids": [*ids, ids[-1][-16:]]},
+        {"prompt_ids": other["prompt_ids"][:16], "completions_ids": others},
+    ]
+    alone = [row | {"completions_ids": [ids]} for row in two for ids in row["completions_ids"]]
     apart = make_batch(two, run.device)
-    with torch.no_grad():
-        plain, ours = policy(apart, plain=True), policy(apart)
+    with torch.no_grad():  # one sequence at a time: all logits of more could fill the memory
+        plain = torch.cat([policy(make_batch([row], run.device), plain=True) for row in alone])
+        ours = policy(apart)
     error = (ours - plain).abs().mean()  # nats a token
     if not error < (3e-2 if run.bfloat16 else 1e-4):
         raise UserError(
