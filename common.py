@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from archangel.command import Interrupted, UserError, check_settings, exit_status, parse, progress
-from archangel.fast import BLOCK, TokenLogps, packed_layout, use_packed
+from archangel.fast import BLOCK, Layout, TokenLogps, packed_layout, use_packed
 from archangel.rows import (
     TOY,
     add_partners,
@@ -61,7 +61,7 @@ class Batch:
     targets: Tensor  # (N,) completion tokens, in input order
     mask: Tensor  # (C, longest) bool, the places of `pad` that hold a token
     reference_logps: Tensor  # (N,) log pi_ref of the targets; (0,) where the examples have none
-    lengths: list[list[int]]  # packed: of each prompt and its completions, in the one row; else []
+    layout: Layout | None  # packed: of what the one row is made
 
     def pad(self, values: Tensor) -> Tensor:
         """Values (N,) of the completion tokens as (C, longest), 0 where there is no token."""
@@ -72,17 +72,22 @@ class Batch:
         return self.pad(values).sum(1)
 
 
-def make_batch(examples: list[dict], device="cpu", pad_id=0, packed=False, indices=None) -> Batch:
+def make_batch(examples, device="cpu", pad_id=0, packed=False, indices=None, behind=None) -> Batch:
     """Lay out examples {"prompt_ids", "completions_ids"}, each completion behind its prompt.
 
     Each in a row of its own; or packed, all in one row without padding and each prompt once,
     x y_w y_l x' y' ..., for a model that is told so by `use_packed`. No examples: one row of
     padding, so that a process with nothing to do still takes part.
+
+    behind: a packed batch of the same prompts, which the model is to see before this one; of these
+    prompts only the last token is then computed again.
     """
     rows = []  # (prompt, the completions behind it)
     for example in examples:
-        ids = example["completions_ids"]
-        rows += [(example["prompt_ids"], group) for group in ([ids] if packed else zip(ids))]
+        prompt, ids = example["prompt_ids"], example["completions_ids"]
+        if packed and behind:
+            prompt = prompt[-1:]
+        rows += [(prompt, group) for group in ([ids] if packed else zip(ids))]
     rows = rows or [([pad_id], [])]
     lengths = [[len(prompt), *map(len, group)] for prompt, group in rows]
     sizes = [sum(row) for row in lengths]
@@ -112,7 +117,10 @@ def make_batch(examples: list[dict], device="cpu", pad_id=0, packed=False, indic
         "reference_logps": np.concatenate([np.float32([]), *reference]),
     }
     tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    return Batch(**tensors, lengths=lengths if packed else [])
+    layout = Layout(lengths) if packed else None
+    if packed and behind:
+        layout.behind, behind.layout.kept = behind.layout, {}
+    return Batch(**tensors, layout=layout)
 
 
 def completion_logps(model: nn.Module, batch: Batch, return_hidden=False) -> Tensor | tuple:
@@ -130,8 +138,8 @@ def completion_logps(model: nn.Module, batch: Batch, return_hidden=False) -> Ten
     # A row of its own is plain causal text: the model's defaults serve. Padding comes last, where
     # nothing looks.
     ids = batch.input_ids
-    layout = packed_layout(model, batch.lengths, ids) if batch.lengths else {}
-    hidden = model.base_model(input_ids=ids, use_cache=False, **layout)
+    told = packed_layout(model, batch.layout, ids) if batch.layout else {}
+    hidden = model.base_model(input_ids=ids, use_cache=False, **told)
     hidden = hidden.last_hidden_state.flatten(0, 1)[batch.predictors]  # (N, H)
     training = torch.is_grad_enabled()
     size = (CHUNK if training else CHUNK // 8) // model.get_output_embeddings().weight.shape[0]
@@ -183,14 +191,16 @@ class Policy(nn.Module):
 # ------------------------------------------------------------------------- a global batch in pieces
 
 
+def lay_out(examples: Sequence[dict], numbers: list[int], run: Run, behind=None) -> Batch:
+    """These of a global batch's examples as one micro-batch; behind: as in `make_batch`."""
+    its, pad_id = [examples[i] for i in numbers], run.tokenizer.eos_token_id
+    return make_batch(its, run.device, pad_id, run.packed, numbers, behind)
+
+
 def micro_batches(examples: Sequence[dict], run: Run) -> list[Batch]:
     """This process's share of a global batch, in pieces of at most --micro_batch_tokens."""
     share = plan(examples, run.config.micro_batch_tokens, run.world_size, run.packed)[run.rank]
-    pad_id = run.tokenizer.eos_token_id
-    return [
-        make_batch([examples[i] for i in piece], run.device, pad_id, run.packed, piece)
-        for piece in share
-    ]
+    return [lay_out(examples, piece, run) for piece in share]
 
 
 def gather(parts: Sequence[tuple[Tensor, dict]], size: int, run: Run) -> dict[str, Tensor]:

@@ -218,13 +218,20 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
 
 
 @torch.no_grad()
-def collect_log_ratios(policy, examples: list[dict], run: common.Run) -> torch.Tensor:
-    """Log-ratios (B,) of examples of the whole batch, on every process, by a pass of its own."""
-    parts = [
-        (micro.indices, {"r": micro.sum(policy(micro) - micro.reference_logps)})
-        for micro in common.micro_batches(examples, run)
-    ]
-    return common.gather(parts, len(examples), run)["r"]
+def log_ratios(policy, micro: common.Batch) -> torch.Tensor:
+    """Log-ratios (b,) of a micro-batch that nothing is learned from."""
+    return micro.sum(policy(micro) - micro.reference_logps)
+
+
+def reference_point(parts, desirable, config: Config, run: common.Run) -> torch.Tensor:
+    """The reference point (B,) that --kl names. Its log-ratios come from all processes.
+
+    parts: this process's [(indices (b,), {"r": log-ratios (b,)}), ...], of examples or partners.
+    """
+    r = common.gather(parts, len(desirable), run)["r"]  # (B,)
+    if config.kl == "mismatched":
+        return r.mean().clamp(min=0).expand_as(r)
+    return kl_from_other_half(r, desirable)
 
 
 def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Run) -> Iterator:
@@ -233,21 +240,27 @@ def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Ru
     batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.
     """
     desirable = torch.tensor([example["desirable"] for example in batch], device=run.device)  # (B,)
+    partners = [example.get("partner") for example in batch]
     micro_batches = common.micro_batches(batch, run)
     settings = config.beta, config.desirable_weight, config.undesirable_weight
     kl = torch.zeros(len(batch), device=run.device)  # (B,) the reference point of each example
-    if config.kl == "mismatched":
-        partners = [example["partner"] for example in batch]
-        kl = collect_log_ratios(policy, partners, run).mean().clamp(min=0).expand(len(batch))
-    elif config.kl == "other_half" and len(micro_batches) > 1:  # no one of them sees all examples
-        kl = kl_from_other_half(collect_log_ratios(policy, batch, run), desirable)
+    # The first loss needs the log-ratios of all examples, or partners: a forward pass before the
+    # others. One micro-batch's own serves instead, and partners go on from the prompts it has seen.
+    alone = len(micro_batches) == 1
+    if config.kl != "zero" and not alone:
+        measured = common.micro_batches(batch if config.kl == "other_half" else partners, run)
+        parts = [(micro.indices, {"r": log_ratios(policy, micro)}) for micro in measured]
+        kl = reference_point(parts, desirable, config, run)
     for micro in micro_batches:
         i = micro.indices
+        if config.kl == "mismatched" and alone:
+            behind = common.lay_out(partners, i.tolist(), run, behind=micro)
         policy_logps = micro.sum(policy(micro))  # (b,)
         reference_logps = micro.sum(micro.reference_logps)  # (b,)
         r = (policy_logps - reference_logps).detach()
-        if config.kl == "other_half" and len(micro_batches) == 1:  # its own forward pass serves
-            kl = kl_from_other_half(common.gather([(i, {"r": r})], len(batch), run)["r"], desirable)
+        if config.kl != "zero" and alone:
+            measured = r if config.kl == "other_half" else log_ratios(policy, behind)
+            kl = reference_point([(i, {"r": measured})], desirable, config, run)
         losses = kto_loss(policy_logps, reference_logps, desirable[i], kl[i], *settings)  # (b,)
         figures = {"loss": losses, "reward": config.beta * r, "kl": kl[i]}
         yield losses.sum() / len(batch), i, figures

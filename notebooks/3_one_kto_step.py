@@ -138,11 +138,11 @@ batch = common.make_batch([pair], packed=True)
 with torch.no_grad():
     packed = common.completion_logps(model, batch)
     apart = common.completion_logps(model, common.make_batch([pair]))
-(lengths,) = batch.lengths  # of the prompt, the chosen reply, the rejected one
+(lengths,) = batch.layout.lengths  # of the prompt, the chosen reply, the rejected one
 start, middle, length = np.cumsum(lengths)
-positions = fast.packed_layout(model, batch.lengths, batch.input_ids)["position_ids"][0]
+positions = fast.packed_layout(model, batch.layout, batch.input_ids)["position_ids"][0]
 part, place = torch.arange(3).repeat_interleave(torch.tensor(lengths)), torch.arange(length)
-mask = fast.block_mask(torch.zeros_like(part), part)  # one row
+mask = fast.block_mask(torch.zeros_like(part), part, part[:0])  # one row, nothing before it
 visible = mask.mask_mod(0, 0, place[:, None], place)
 
 figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1, 1.2))

@@ -145,6 +145,43 @@ def test_a_packed_batch_is_refused_by_a_model_that_was_not_told():
         completion_logps(cached("gpt_neox"), make_batch(RAGGED, packed=True))
 
 
+OTHERS = [  # the same prompts with other completions, as KTO's partners
+    {"prompt_ids": row["prompt_ids"], "completions_ids": other["completions_ids"]}
+    for row, other in zip(RAGGED, RAGGED[1:] + RAGGED[:1])
+]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_completions_behind_prompts_already_seen_equal_whole_sequences(name):
+    model = cached(name, packed=True)
+    batch = make_batch(RAGGED, packed=True)
+    behind = make_batch(OTHERS, packed=True, behind=batch)
+    assert behind.input_ids.shape[1] == len(OTHERS) + len(behind.targets)  # a token of each prompt
+    logps = completion_logps(model, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            completion_logps(model, behind), plain_logps(cached(name), OTHERS), atol=1e-4, rtol=0
+        )
+    # What is computed before the backward pass leaves the gradient alone.
+    expected = gradients(model, completion_logps(model, make_batch(RAGGED, packed=True)))
+    for parameter, gradient in gradients(model, logps).items():
+        assert torch.equal(gradient, expected[parameter])
+
+
+def test_behind_an_empty_batch_nothing_comes():
+    model = cached("gpt_neox", packed=True)
+    batch = make_batch([], packed=True)
+    behind = make_batch([], packed=True, behind=batch)
+    for each in (batch, behind):
+        assert completion_logps(model, each).shape == (0,)
+
+
+def test_rows_apart_are_whole_though_their_prompts_have_been_seen():
+    batch = make_batch(RAGGED)
+    behind = make_batch(OTHERS, behind=batch)
+    assert behind.input_ids.tolist() == make_batch(OTHERS).input_ids.tolist()
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_float64_stays_float64(packed):
     model = cached("gpt_neox", torch.float64, packed)
@@ -206,13 +243,14 @@ def test_the_block_mask_lets_a_token_see_its_prompt_and_its_own_completion(lengt
     """Against the rule written out, token by token; padding sees no row and no row sees it."""
     owner = [(r, k) for r, row in enumerate(lengths) for k, n in enumerate(row) for _ in range(n)]
     owner += [(-1, 0)] * 3
-    mask = block_mask(*torch.tensor(owner).T)
-    assert mask.shape == (1, 1, len(owner), len(owner))
-    for q, of_q in enumerate(owner):
-        for k, of_k in enumerate(owner):
-            may = of_k in (of_q, (of_q[0], 0))
-            here = [torch.tensor(number) for number in (0, 0, q, k)]
-            assert bool(mask.mask_mod(*here)) == bool(may and k <= q), (q, k)
+    for before in ([], [-2, 0, 0, -2, len(lengths) - 1]):  # rows of what the tokens go on from
+        mask = block_mask(*torch.tensor(owner).T, torch.tensor(before, dtype=torch.long))
+        assert mask.shape == (1, 1, len(owner), len(before) + len(owner))
+        for q, of_q in enumerate(owner):
+            for k, of_k in enumerate([(row, 0) for row in before] + owner):
+                may = of_k in (of_q, (of_q[0], 0)) and k - len(before) <= q
+                here = [torch.tensor(number) for number in (0, 0, q, k)]
+                assert bool(mask.mask_mod(*here)) == bool(may), (q, k)
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "llama_tied"])
@@ -222,16 +260,16 @@ def test_flex_attention_gives_the_same_numbers(name, monkeypatch):
 
     uncompiled = flex.flex_attention
     monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: uncompiled)
-    model, batch = tiny(name), make_batch(RAGGED, packed=True)
-    use_packed(model, torch.device("cpu"))
-    with torch.no_grad():
-        expected = completion_logps(model, batch)
-    use_packed(model, torch.device("cuda"))
-    assert model.config._attn_implementation == "flex_attention"
-
-    with torch.no_grad():
-        logps = completion_logps(model, batch)
-    torch.testing.assert_close(logps, expected, atol=1e-4, rtol=0)
+    model, found = tiny(name), []
+    for device, attention in (("cpu", "packed"), ("cuda", "packed_flex")):
+        use_packed(model, torch.device(device))
+        assert model.config._attn_implementation == attention
+        batch = make_batch(RAGGED, packed=True)
+        behind = make_batch(OTHERS, packed=True, behind=batch)
+        with torch.no_grad():
+            apart = completion_logps(model, make_batch(RAGGED))
+            found.append([completion_logps(model, each) for each in (batch, behind)] + [apart])
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
@@ -374,11 +412,11 @@ def test_the_two_layouts_by_hand():
         [11, 12, 31, 9, 9],
         [13, 41, 42, 9, 9],
     ]
-    assert apart.lengths == []
+    assert apart.layout is None
     packed = make_batch([pair, other], pad_id=9, packed=True)
     assert packed.input_ids.tolist() == [[11, 12, 21, 22, 23, 31, 13, 41, 42]]
-    assert packed.lengths == [[2, 3, 1], [1, 2]]
-    told = packed_layout(cached("gpt_neox", packed=True), packed.lengths, packed.input_ids)
+    assert packed.layout.lengths == [[2, 3, 1], [1, 2]]
+    told = packed_layout(cached("gpt_neox", packed=True), packed.layout, packed.input_ids)
     assert told["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2]]
     for batch in (packed, apart):
         assert batch.targets.tolist() == [21, 22, 23, 31, 41, 42]
@@ -389,7 +427,7 @@ def test_the_two_layouts_by_hand():
 def test_for_a_gpu_a_packed_row_is_padded_to_whole_blocks():
     batch = make_batch(RAGGED, "meta", packed=True)
     assert batch.input_ids.shape == (1, common.BLOCK)
-    assert sum(map(sum, batch.lengths)) == 53
+    assert sum(map(sum, batch.layout.lengths)) == 53
 
 
 def test_indices_are_those_given_or_count_from_0():
@@ -497,7 +535,7 @@ def test_self_check_sees_a_window_that_is_passed_late_in_a_completion(bfloat16):
     assert check(tiny("mistral", sliding_window=96), examples, bfloat16).packed is True
 
 
-@pytest.mark.parametrize("ignored", ["position_ids", "lengths"])
+@pytest.mark.parametrize("ignored", ["position_ids", "layout"])
 def test_self_check_keeps_rows_apart_where_what_it_says_is_ignored(ignored, monkeypatch):
     model = tiny("gpt_neox")
     forward = model.base_model.forward
@@ -515,8 +553,9 @@ def test_self_check_keeps_rows_apart_where_only_another_row_is_seen(monkeypatch)
     assert check(model, examples).packed is True
     forward = model.base_model.forward
 
-    def ignore(*rows, lengths=None, **given):
-        return forward(*rows, lengths=[[sum(map(sum, lengths))]] if lengths else None, **given)
+    def ignore(*rows, layout=None, **given):
+        told = layout and common.Layout([[sum(map(sum, layout.lengths))]])
+        return forward(*rows, layout=told, **given)
 
     monkeypatch.setattr(model.base_model, "forward", ignore)
     assert check(model, examples).packed is False

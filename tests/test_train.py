@@ -166,13 +166,17 @@ def test_memory_limit_and_padding_change_no_loss(script, alone, data, tmp_path, 
 
 
 @pytest.mark.parametrize("kl", ["mismatched", "zero"])
-def test_other_reference_points_do_not_depend_on_the_memory_limit(kl, data, tmp_path):
+def test_other_reference_points_do_not_depend_on_memory_and_processes(kl, data, tmp_path):
     # The weight, so that the partners gain too, and their mean is not clamped at every step.
     values = settings(data, tmp_path / "whole", dtype="float64", kl=kl, desirable_weight=10.0)
     whole = run_here("kto", **values)
     cut = run_here("kto", **values | {"out": str(tmp_path / "cut"), "micro_batch_tokens": 200})
     assert_same_losses(whole, cut, 1e-12)
     assert all(record["kl"] == 0 for record in whole[1:]) == (kl == "zero")
+    # In one micro-batch each, which keep the keys and values of their prompts for the partners.
+    values |= {"out": str(tmp_path / "two")}
+    run_command("kto", "--activation_checkpointing", processes=2, **values)
+    assert_same_losses(whole, metrics(values["out"]), 1e-12)
 
 
 # In float32 the default warm-up. RMSprop's first steps are the signs of the gradient, whatever its
@@ -423,7 +427,7 @@ def test_the_reference_of_both_halves_of_a_pair_is_one_row(
 
     def watch(*given, **others):
         batch = make(*given, **others)
-        lengths.extend(batch.lengths)
+        lengths.extend(batch.layout.lengths if batch.layout else [])
         return batch
 
     def keep(policy, examples, run):
