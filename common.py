@@ -191,10 +191,10 @@ class Policy(nn.Module):
 # ------------------------------------------------------------------------- a global batch in pieces
 
 
-def lay_out(examples: Sequence[dict], numbers: list[int], run: Run, behind=None) -> Batch:
+def lay_out(examples: Sequence[dict], indices: list[int], run: Run, behind=None) -> Batch:
     """These of a global batch's examples as one micro-batch; behind: as in `make_batch`."""
-    its, pad_id = [examples[i] for i in numbers], run.tokenizer.eos_token_id
-    return make_batch(its, run.device, pad_id, run.packed, numbers, behind)
+    its, pad_id = [examples[i] for i in indices], run.tokenizer.eos_token_id
+    return make_batch(its, run.device, pad_id, run.packed, indices, behind)
 
 
 def micro_batches(examples: Sequence[dict], run: Run) -> list[Batch]:

@@ -241,26 +241,26 @@ def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Ru
     """
     desirable = torch.tensor([example["desirable"] for example in batch], device=run.device)  # (B,)
     partners = [example.get("partner") for example in batch]
-    micro_batches = common.micro_batches(batch, run)
+    first, *others = common.micro_batches(batch, run)
     settings = config.beta, config.desirable_weight, config.undesirable_weight
     kl = torch.zeros(len(batch), device=run.device)  # (B,) the reference point of each example
-    # The first loss needs the log-ratios of all examples, or partners: a forward pass before the
-    # others. One micro-batch's own serves instead, and partners go on from the prompts it has seen.
-    alone = len(micro_batches) == 1
-    if config.kl != "zero" and not alone:
-        measured = common.micro_batches(batch if config.kl == "other_half" else partners, run)
-        parts = [(micro.indices, {"r": log_ratios(policy, micro)}) for micro in measured]
-        kl = reference_point(parts, desirable, config, run)
-    for micro in micro_batches:
+    # It is needed for the first loss: what it is measured on passes the policy ahead of the others'
+    # own forward passes. The first one's serves itself; its partners go on from its prompts.
+    parts = []
+    for micro in others if config.kl != "zero" else ():
         i = micro.indices
-        if config.kl == "mismatched" and alone:
-            behind = common.lay_out(partners, i.tolist(), run, behind=micro)
+        measured = common.lay_out(partners, i.tolist(), run) if config.kl == "mismatched" else micro
+        parts.append((i, {"r": log_ratios(policy, measured)}))
+    for micro in (first, *others):
+        i = micro.indices
+        if micro is first and config.kl == "mismatched":
+            behind = common.lay_out(partners, i.tolist(), run, behind=first)
         policy_logps = micro.sum(policy(micro))  # (b,)
         reference_logps = micro.sum(micro.reference_logps)  # (b,)
         r = (policy_logps - reference_logps).detach()
-        if config.kl != "zero" and alone:
-            measured = r if config.kl == "other_half" else log_ratios(policy, behind)
-            kl = reference_point([(i, {"r": measured})], desirable, config, run)
+        if micro is first and config.kl != "zero":
+            measured = log_ratios(policy, behind) if config.kl == "mismatched" else r
+            kl = reference_point([(i, {"r": measured}), *parts], desirable, config, run)
         losses = kto_loss(policy_logps, reference_logps, desirable[i], kl[i], *settings)  # (b,)
         figures = {"loss": losses, "reward": config.beta * r, "kl": kl[i]}
         yield losses.sum() / len(batch), i, figures

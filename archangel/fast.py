@@ -89,11 +89,11 @@ def packed_attention(
         for _ in replies[1:]:
             q, k, v = next(pieces)
             outputs.append(_causal(q, [*keys, k], [*values, v], scaling))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=1), None
 
 
 def _causal(query: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
-    """Attention (1, heads, n, d) of the last n tokens of a text to all of it, given in parts."""
+    """Attention (1, n, heads, d) of the last n tokens of a text to all of it, given in parts."""
     if len(keys) == 1:
         (key,), (value,), mask = keys, values, None
     else:
@@ -101,7 +101,8 @@ def _causal(query: Tensor, keys: list[Tensor], values: list[Tensor], scale: floa
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         mask = mask.tril(key.shape[2] - query.shape[2])
     how = {"is_causal": mask is None, "enable_gqa": key.shape[1] < query.shape[1]}
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, **how)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, **how)
+    return output.transpose(1, 2)
 
 
 def packed_flex_attention(
