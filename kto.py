@@ -244,10 +244,10 @@ def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Ru
     first, *others = common.micro_batches(batch, run)
     settings = config.beta, config.desirable_weight, config.undesirable_weight
     kl = torch.zeros(len(batch), device=run.device)  # (B,) the reference point of each example
-    # It is needed for the first loss: what it is measured on passes the policy ahead of the others'
-    # own forward passes. The first one's serves itself; its partners go on from its prompts.
-    parts = []
-    for micro in others if config.kl != "zero" else ():
+    # What it is measured on goes through the policy before the first loss: of the first micro-batch
+    # by its own forward pass below, of the others by one ahead.
+    parts, ahead = [], others if config.kl != "zero" else []
+    for micro in ahead:
         i = micro.indices
         measured = common.lay_out(partners, i.tolist(), run) if config.kl == "mismatched" else micro
         parts.append((i, {"r": log_ratios(policy, measured)}))
