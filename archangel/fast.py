@@ -76,13 +76,13 @@ def packed_attention(
         others["scaling"] = scaling
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     layout.keep(module, key, value)
-    before = layout.take(module) if layout.behind else ()
+    before = layout.take(module) if layout.behind else None
     # Split, not sliced: a slice's gradient is as large as what it was cut from.
     sizes = [n for prompt, *ns in layout.lengths for n in (prompt + sum(ns[:1]), *ns[1:])]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
     outputs = []
     for seen, (prompt, *replies) in zip(layout.seen(), layout.lengths):
-        keys, values = ([x[:, :, seen]] for x in before) if before else ([], [])
+        keys, values = ([x[:, :, seen]] for x in before) if layout.behind else ([], [])
         q, k, v = next(pieces)  # of the prompt and its first completion
         outputs.append(_causal(q, [*keys, k], [*values, v], scaling))
         keys, values = [*keys, k[:, :, :prompt]], [*values, v[:, :, :prompt]]
