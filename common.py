@@ -1,6 +1,6 @@
 """What the five trainers share: no loss, no setting of a loss, no training loop.
 
-In the order of a run:
+In the order of this file:
     make_batch, completion_logps      token ids to the log-probability of every completion token
     micro_batches, gather             a global batch in pieces, their figures together again
     load_policy, self_check           the model, sharded over the processes, and whether it is right
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from archangel.command import Interrupted, UserError, check_settings, exit_status, parse, progress
-from archangel.fast import BLOCK, Layout, TokenLogps, packed_layout, use_packed
+from archangel.fast import BLOCK, Layout, TokenLogps, packed_arguments, use_packed
 from archangel.rows import (
     TOY,
     add_partners,
@@ -45,7 +45,7 @@ from archangel.rows import (
 )
 from archangel.run import MODELS, Run, find_model, load_tokenizer, read_column, write_column
 
-CHUNK = 2**27  # logits in memory at once: 512 MiB of float32; what needs more is computed twice
+CHUNK = 2**27  # logits at once: 512 MiB of float32; with gradient, what needs more is made twice
 
 
 # ------------------------------------------------------------------- token ids to log-probabilities
@@ -72,20 +72,21 @@ class Batch:
         return self.pad(values).sum(1)
 
 
-def make_batch(examples, device="cpu", pad_id=0, packed=False, indices=None, behind=None) -> Batch:
+def make_batch(examples, device="cpu", pad_id=0, packed=False, indices=None, after=None) -> Batch:
     """Lay out examples {"prompt_ids", "completions_ids"}, each completion behind its prompt.
 
     Each in a row of its own; or packed, all in one row without padding and each prompt once,
     x y_w y_l x' y' ..., for a model that is told so by `use_packed`. No examples: one row of
     padding, so that a process with nothing to do still takes part.
 
-    behind: a packed batch of the same prompts, which the model is to see before this one; of these
-    prompts only the last token is then computed again.
+    indices: the examples' places in the global batch, else 0, 1, ... after (packed only): a batch
+    of the same prompts, which the model is to see between now and this one. It will keep their keys
+    and values, so that here only a prompt's last token, which predicts, is computed once more.
     """
     rows = []  # (prompt, the completions behind it)
     for example in examples:
         prompt, ids = example["prompt_ids"], example["completions_ids"]
-        if packed and behind:
+        if packed and after:
             prompt = prompt[-1:]
         rows += [(prompt, group) for group in ([ids] if packed else zip(ids))]
     rows = rows or [([pad_id], [])]
@@ -117,9 +118,9 @@ def make_batch(examples, device="cpu", pad_id=0, packed=False, indices=None, beh
         "reference_logps": np.concatenate([np.float32([]), *reference]),
     }
     tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    layout = Layout(lengths) if packed else None
-    if packed and behind:
-        layout.behind, behind.layout.kept = behind.layout, {}
+    layout = Layout(lengths, after and after.layout) if packed else None
+    if packed and after:
+        after.layout.kept = {}  # to be filled by its forward pass
     return Batch(**tensors, layout=layout)
 
 
@@ -138,13 +139,13 @@ def completion_logps(model: nn.Module, batch: Batch, return_hidden=False) -> Ten
     # A row of its own is plain causal text: the model's defaults serve. Padding comes last, where
     # nothing looks.
     ids = batch.input_ids
-    told = packed_layout(model, batch.layout, ids) if batch.layout else {}
-    hidden = model.base_model(input_ids=ids, use_cache=False, **told)
+    others = packed_arguments(model, batch.layout, ids) if batch.layout else {}
+    hidden = model.base_model(input_ids=ids, use_cache=False, **others)
     hidden = hidden.last_hidden_state.flatten(0, 1)[batch.predictors]  # (N, H)
-    training = torch.is_grad_enabled()
-    size = (CHUNK if training else CHUNK // 8) // model.get_output_embeddings().weight.shape[0]
+    gradient = torch.is_grad_enabled()
+    size = (CHUNK if gradient else CHUNK // 8) // model.get_output_embeddings().weight.shape[0]
     chunks = list(zip(*(values.split(max(1, size)) for values in (hidden, batch.targets))))
-    if len(chunks) > 1 and training:  # recompute logits (size, V), keep none
+    if len(chunks) > 1 and gradient:  # recompute logits (size, V), keep none
         logps = [checkpoint(_head_logps, model, *chunk, use_reentrant=False) for chunk in chunks]
     else:
         logps = [_head_logps(model, *chunk) for chunk in chunks]
@@ -191,16 +192,16 @@ class Policy(nn.Module):
 # ------------------------------------------------------------------------- a global batch in pieces
 
 
-def lay_out(examples: Sequence[dict], indices: list[int], run: Run, behind=None) -> Batch:
-    """These of a global batch's examples as one micro-batch; behind: as in `make_batch`."""
-    its, pad_id = [examples[i] for i in indices], run.tokenizer.eos_token_id
-    return make_batch(its, run.device, pad_id, run.packed, indices, behind)
+def micro_batch(examples: Sequence[dict], indices: list[int], run: Run, after=None) -> Batch:
+    """The examples of a global batch that have these indices; after: as in `make_batch`."""
+    chosen, pad_id = [examples[i] for i in indices], run.tokenizer.eos_token_id
+    return make_batch(chosen, run.device, pad_id, run.packed, indices, after)
 
 
 def micro_batches(examples: Sequence[dict], run: Run) -> list[Batch]:
     """This process's share of a global batch, in pieces of at most --micro_batch_tokens."""
     share = plan(examples, run.config.micro_batch_tokens, run.world_size, run.packed)[run.rank]
-    return [lay_out(examples, piece, run) for piece in share]
+    return [micro_batch(examples, piece, run) for piece in share]
 
 
 def gather(parts: Sequence[tuple[Tensor, dict]], size: int, run: Run) -> dict[str, Tensor]:
@@ -280,18 +281,19 @@ def load_policy(run: Run, value_head: bool = False) -> Policy:
 def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
     """Compare the log-probabilities of the longest sequence with the model's own forward pass.
 
-    Where packed rows are wrong for the architecture, rows stay apart. Raises UserError where the
-    output head is not what `_head_logps` takes it for.
+    Sets run.packed: where packed rows are wrong for the architecture, rows stay apart. Raises
+    UserError where the output head is not what `_head_logps` takes it for.
     """
     longest, other = max(examples, key=longest_sequence), examples[0]
-    ids, others = longest["completions_ids"], [ids[:16] for ids in other["completions_ids"]]
-    two = [  # with a short sibling, and a short other row, where they may be seen or see wrongly
-        {"prompt_ids": longest["prompt_ids"], "completions_ids": [*ids, ids[-1][-16:]]},
-        {"prompt_ids": other["prompt_ids"][:16], "completions_ids": others},
+    replies, short = longest["completions_ids"], [ids[:16] for ids in other["completions_ids"]]
+    two = [  # a short sibling and a short other example show whether anybody sees what they may not
+        {"prompt_ids": longest["prompt_ids"], "completions_ids": [*replies, replies[-1][-16:]]},
+        {"prompt_ids": other["prompt_ids"][:16], "completions_ids": short},
     ]
     alone = [row | {"completions_ids": [ids]} for row in two for ids in row["completions_ids"]]
     apart = make_batch(two, run.device)
-    with torch.no_grad():  # one sequence at a time: all logits of more could fill the memory
+    with torch.no_grad():
+        # One sequence at a time: all logits of several could fill the memory.
         plain = torch.cat([policy(make_batch([row], run.device), plain=True) for row in alone])
         ours = policy(apart)
     error = (ours - plain).abs().mean()  # nats a token
@@ -304,17 +306,17 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
     try:
         use_packed(policy.lm, run.device)
         ours = policy(make_batch(two, run.device, packed=True))
-        ours.sum().backward()  # what a GPU compiles could fail there
+        ours.sum().backward()  # on a GPU compiled by itself: that, too, could fail
         # The worst four tokens in a row: a completion may wrongly see its sibling in its first few,
         # or pass an attention window in its last, and over all its tokens either would drown.
-        errors = F.pad(apart.pad((ours.detach() - plain).abs()), (0, 3))  # (C, T + 3)
+        errors = F.pad(apart.pad((ours.detach() - plain).abs()), (0, 3))  # (C, longest + 3)
         worst = F.avg_pool1d(errors, kernel_size=4, stride=1).max()
         run.packed = bool(worst < (0.2 if run.bfloat16 else 1e-3))
     except torch.OutOfMemoryError:
         raise
     except Exception:  # it takes no such attention, or no positions, each in its own words
         run.packed = False
-    if run.world_size > 1:  # all or none: they go through as many micro-batches
+    if run.world_size > 1:  # all or none: processes go through equally many micro-batches
         everyones = torch.tensor(int(run.packed))
         dist.all_reduce(everyones, dist.ReduceOp.MIN)
         run.packed = bool(everyones)

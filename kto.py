@@ -2,16 +2,16 @@
 
 A person judges one reply at a time, as desirable or not, against what they expected:
 
-    r(x, y)  = log pi(y|x) - log pi_ref(y|x)                                        nats
+    r(x, y)  = log pi(y|x) - log pi_ref(y|x)       the log-ratio, nats; a reward is beta times it
     utility  = sigmoid(beta * (r(x, y) - kl))    if y is desirable                  (7)
                sigmoid(beta * (kl - r(x, y)))    if y is undesirable
     loss     = weight * (1 - utility), its mean over the global batch
 
-`kl`, the reference point, stands for KL(pi || pi_ref), what a reply of the policy is worth anyway;
-it is measured, as in the report, on the replies of the data, not on the policy's own. By --kl
-other_half (the report's) each class is measured against the mean of r over the other class;
-mismatched (the later paper's) measures all against the mean of r over prompts with replies to
-others; zero does without. A negative mean counts as 0.
+`kl`, the reference point, stands for KL(pi || pi_ref), the mean of r over replies of the policy;
+it is measured, as in the report, on the replies of the data instead. By --kl other_half (the
+report's) each class is measured against the mean of r over the other class; mismatched (the later
+paper's) measures all against the mean of r over partners, prompts with replies to other prompts;
+zero does without. A negative mean counts as 0.
 
 Deviations from the report:
  1. The report prints the utility to be maximised; the loss is one minus it, to be minimised.
@@ -94,8 +94,8 @@ def kto_loss(
         policy_logps, reference_logps: (B,) log-probabilities of whole completions, nats, summed
             over tokens.
         desirable: (B,) bool.
-        kl: the reference point in nats, a scalar or (B,); taken as it is but detached.
-        beta: above 0. Weights: above 0.
+        kl: the reference point in nats, a scalar or (B,); detached here, not clamped.
+        beta: above 0, a reward for a nat. Weights: above 0, of the losses of each class.
     Returns:
         (B,) losses between 0 and the weight: half of it where policy and reference agree and kl is
         0. The gradient by a log-ratio r is at most weight * beta / 4, at r = kl.
@@ -180,7 +180,7 @@ def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
 
 
 def with_partners(examples: list[dict]) -> list[dict]:
-    """The examples, each followed by its partner if it has one: of the same prompt."""
+    """The examples, each followed by its partner, if any: neighbours with one prompt."""
     return [each for example in examples for each in (example, example.get("partner")) if each]
 
 
@@ -218,15 +218,16 @@ def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
 
 
 @torch.no_grad()
-def log_ratios(policy, micro: common.Batch) -> torch.Tensor:
-    """Log-ratios (b,) of a micro-batch that nothing is learned from."""
+def detached_log_ratios(policy, micro: common.Batch) -> torch.Tensor:
+    """Log-ratios (b,) of a micro-batch's completions, nats, by a pass without gradient."""
     return micro.sum(policy(micro) - micro.reference_logps)
 
 
 def reference_point(parts, desirable, config: Config, run: common.Run) -> torch.Tensor:
-    """The reference point (B,) that --kl names. Its log-ratios come from all processes.
+    """The reference point (B,) of the global batch: --kl other_half's or mismatched's.
 
-    parts: this process's [(indices (b,), {"r": log-ratios (b,)}), ...], of examples or partners.
+    parts: [(indices (b,), {"r": log-ratios (b,)}), ...] of this process's examples, or partners.
+    Every process calls it, with its own.
     """
     r = common.gather(parts, len(desirable), run)["r"]  # (B,)
     if config.kl == "mismatched":
@@ -240,26 +241,27 @@ def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Ru
     batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.
     """
     desirable = torch.tensor([example["desirable"] for example in batch], device=run.device)  # (B,)
-    partners = [example.get("partner") for example in batch]
+    mismatched, partners = config.kl == "mismatched", [e.get("partner") for e in batch]
     first, *others = common.micro_batches(batch, run)
     settings = config.beta, config.desirable_weight, config.undesirable_weight
     kl = torch.zeros(len(batch), device=run.device)  # (B,) the reference point of each example
-    # What it is measured on goes through the policy before the first loss: of the first micro-batch
-    # by its own forward pass below, of the others by one ahead.
+    # The first loss needs it. So what it is measured on, examples or partners, goes through the
+    # policy here, ahead and without gradient: but for the first micro-batch, whose own forward pass
+    # below is in time, and leaves the prompts' keys and values for its partners.
     parts, ahead = [], others if config.kl != "zero" else []
     for micro in ahead:
         i = micro.indices
-        measured = common.lay_out(partners, i.tolist(), run) if config.kl == "mismatched" else micro
-        parts.append((i, {"r": log_ratios(policy, measured)}))
+        measured = common.micro_batch(partners, i.tolist(), run) if mismatched else micro
+        parts.append((i, {"r": detached_log_ratios(policy, measured)}))
+    if mismatched:
+        its_partners = common.micro_batch(partners, first.indices.tolist(), run, after=first)
     for micro in (first, *others):
         i = micro.indices
-        if micro is first and config.kl == "mismatched":
-            behind = common.lay_out(partners, i.tolist(), run, behind=first)
         policy_logps = micro.sum(policy(micro))  # (b,)
         reference_logps = micro.sum(micro.reference_logps)  # (b,)
         r = (policy_logps - reference_logps).detach()
         if micro is first and config.kl != "zero":
-            measured = log_ratios(policy, behind) if config.kl == "mismatched" else r
+            measured = detached_log_ratios(policy, its_partners) if mismatched else r
             kl = reference_point([(i, {"r": measured}), *parts], desirable, config, run)
         losses = kto_loss(policy_logps, reference_logps, desirable[i], kl[i], *settings)  # (b,)
         figures = {"loss": losses, "reward": config.beta * r, "kl": kl[i]}
@@ -267,7 +269,7 @@ def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Ru
 
 
 def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, float]:
-    """What metrics.jsonl says of a global batch's figures, (B,) each."""
+    """What metrics.jsonl says of a global batch's figures, (B,) each; kl is in nats."""
     desirable = torch.tensor([example["desirable"] for example in batch])
     reward = figures["reward"].cpu()
     wanted, unwanted = reward[desirable].mean().item(), reward[~desirable].mean().item()

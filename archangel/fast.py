@@ -1,13 +1,13 @@
 """What makes a step faster and smaller for the same numbers. Read `common.py` first.
 
-**Rows packed end to end**, x y_w y_l x' y' ..., each prompt once and no padding: a token sees its
-prompt and what came before it in its own completion, nothing of a sibling, nothing of another row.
-On a CPU that is torch's attention, a prompt and completion at a time, so that no score is computed
-to be masked; on a GPU transformers' flex attention with this rule as its block mask. Neither knows
-attention windows, caps or sinks: `common.self_check` finds out whether a model needs them for the
-longest sequence of the data.
+**Packed rows**, x y_w y_l x' y' ...: groups of a prompt and its completions end to end, each prompt
+once and no padding. A token sees its prompt and what came before it in its own completion, nothing
+of a sibling, nothing of another group. On a CPU that is torch's attention, a prompt and completion
+at a time, so that no score is computed to be masked; on a GPU transformers' flex attention with
+this rule as its block mask. Windows and the like are not in it: `common.self_check` finds out
+whether a model needs them for the longest sequence of the data.
 
-**Completions behind prompts that the model has just seen**, KTO's partners: a prompt's keys and
+**Completions after prompts that the model has just seen**, KTO's partners: a prompt's keys and
 values serve again, so that only the completions are computed.
 
 **The head's cross-entropy in the memory of its logits**, of which torch's takes three times.
@@ -34,27 +34,30 @@ class Layout:
     An object and no dict: FSDP copies the containers among the arguments of a module.
     """
 
-    lengths: list[list[int]]  # of each prompt and the completions behind it (none: an empty batch)
-    behind: "Layout | None" = None  # the row, computed before, whose prompts are gone on from here
-    kept: dict | None = None  # attention module: its (key, value); None: nothing comes behind
+    lengths: list[list[int]]  # tokens, of each group's prompt and completions
+    before: "Layout | None" = None  # the row with the rest of these prompts, already computed
+    kept: dict | None = None  # {attention module: (key, value), (1, heads, T, d)}; None: keep none
 
     def keep(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
-        """Keep these for a row behind, if one comes; once, though a block be computed again."""
+        """Keep these for a row after this one, if one is to come.
+
+        Activation checkpointing computes them again in the backward pass: then nothing is kept.
+        """
         if self.kept is not None:
             self.kept.setdefault(module, (key.detach(), value.detach()))
 
     def take(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """What the row before has kept of this module, and keeps no longer."""
-        taken, self.behind.kept[module] = self.behind.kept[module], None
+        """The module's keys and values of the row before, which frees them (see `keep`)."""
+        taken, self.before.kept[module] = self.before.kept[module], None
         return taken
 
     def seen(self) -> list[slice]:
-        """For each prompt here, where the rest of it lies in the row that this one is behind."""
-        if not self.behind:
+        """For each prompt, the places of its earlier tokens in the row before; none without one."""
+        if not self.before:
             return [slice(0, 0) for _ in self.lengths]
-        starts = np.cumsum([0, *map(sum, self.behind.lengths)]).tolist()
-        rows = zip(starts, self.behind.lengths, self.lengths)
-        return [slice(start, start + whole[0] - end[0]) for start, whole, end in rows]
+        starts = np.cumsum([0, *map(sum, self.before.lengths)]).tolist()
+        prompts = zip(starts, self.before.lengths, self.lengths)
+        return [slice(at, at + whole[0] - here[0]) for at, whole, here in prompts]
 
 
 def packed_attention(
@@ -69,21 +72,22 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention (1, T, heads, d) of a packed row, from query, key and value (1, heads, T, d).
 
-    Without a layout rows are apart and attention is plain causal: a padded prompt, as `generate`
-    has, is not masked.
+    Without a layout each row is one text, attention plain causal and attention_mask None, since
+    transformers makes none for a registered attention: prompts padded for `generate` would be seen.
     """
     if layout is None:
         others["scaling"] = scaling
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     layout.keep(module, key, value)
-    before = layout.take(module) if layout.behind else None
-    # Split, not sliced: a slice's gradient is as large as what it was cut from.
+    before = layout.take(module) if layout.before else None
+    # A prompt with its first completion is a piece, each other completion is one. Split, not
+    # sliced: a slice's gradient is as large as what it was cut from.
     sizes = [n for prompt, *ns in layout.lengths for n in (prompt + sum(ns[:1]), *ns[1:])]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
     outputs = []
     for seen, (prompt, *replies) in zip(layout.seen(), layout.lengths):
-        keys, values = ([x[:, :, seen]] for x in before) if layout.behind else ([], [])
-        q, k, v = next(pieces)  # of the prompt and its first completion
+        keys, values = ([x[:, :, seen]] for x in before) if layout.before else ([], [])
+        q, k, v = next(pieces)
         outputs.append(_causal(q, [*keys, k], [*values, v], scaling))
         keys, values = [*keys, k[:, :, :prompt]], [*values, v[:, :, :prompt]]
         for _ in replies[1:]:
@@ -92,7 +96,7 @@ def packed_attention(
     return torch.cat(outputs, dim=1), None
 
 
-def _causal(query: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
+def _causal(query: Tensor, keys: list[Tensor], values: list[Tensor], scale: float | None) -> Tensor:
     """Attention (1, n, heads, d) of the last n tokens of a text to all of it, given in parts."""
     if len(keys) == 1:
         (key,), (value,), mask = keys, values, None
@@ -114,11 +118,11 @@ def packed_flex_attention(
     layout: Layout | None = None,
     **others,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same on a GPU; for a packed row, attention_mask is its block mask."""
+    """The same on a GPU, where attention_mask is the packed row's `block_mask`."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     layout.keep(module, key, value)
-    if layout.behind:
+    if layout.before:
         key, value = (torch.cat(x, dim=2) for x in zip(layout.take(module), (key, value)))
     return flex_attention_forward(module, query, key, value, attention_mask, **others)
 
@@ -132,54 +136,62 @@ def use_packed(model: PreTrainedModel, device: torch.device) -> None:
     model.set_attn_implementation("packed" if device.type == "cpu" else "packed_flex")
 
 
-def packed_layout(model: PreTrainedModel, layout: Layout, input_ids: Tensor) -> dict:
-    """What the forward pass is to be told of a packed row (1, T): position_ids, who sees whom.
+def packed_arguments(model: PreTrainedModel, layout: Layout, input_ids: Tensor) -> dict:
+    """What else a model's forward pass takes for a packed row (1, T).
 
-    A completion's positions go on from the end of its prompt. Raises ValueError where the model
-    does not attend to packed rows.
+    position_ids (1, T), which in a completion go on from the end of its prompt; the layout; on a
+    GPU, the block mask. Raises ValueError where the model does not attend to packed rows.
     """
     if model.config._attn_implementation not in ("packed", "packed_flex"):
         raise ValueError(
             "a packed batch is for a model that was told so: use_packed(model, device)"
         )
     tokens, device = input_ids.shape[1], input_ids.device
-    positions, rows, parts = np.zeros(tokens, int), np.full(tokens, -1), np.zeros(tokens, int)
+    positions, groups, parts = np.zeros(tokens, int), np.full(tokens, -1), np.zeros(tokens, int)
     end, seen = 0, layout.seen()
-    for number, row in enumerate(layout.lengths):
-        before = seen[number].stop - seen[number].start
-        for part, length in enumerate(row):  # part 0 is the prompt
+    for number, group in enumerate(layout.lengths):
+        offset = seen[number].stop - seen[number].start
+        for part, length in enumerate(group):  # part 0 is the prompt
             start, end = end, end + length
-            positions[start:end] = np.arange(length) + before + (row[0] if part else 0)
-            rows[start:end], parts[start:end] = number, part
-    told = {"position_ids": torch.from_numpy(positions).to(device)[None], "layout": layout}
+            positions[start:end] = np.arange(length) + offset + (group[0] if part else 0)
+            groups[start:end], parts[start:end] = number, part
+    found = {"position_ids": torch.from_numpy(positions).to(device)[None], "layout": layout}
     if model.config._attn_implementation == "packed_flex":
-        before = []
-        if layout.behind:
-            before = np.full(next(iter(layout.behind.kept.values()))[0].shape[2], -2)
+        before = np.empty(0)
+        if layout.before:
+            key, _ = next(iter(layout.before.kept.values()))  # as long in all layers
+            before = np.full(key.shape[2], -2)
             for number, places in enumerate(seen):
                 before[places] = number
-        owners = (torch.tensor(x, dtype=torch.long, device=device) for x in (rows, parts, before))
-        told["attention_mask"] = block_mask(*owners)
-    return told
+        owners = (torch.from_numpy(x).to(device).long() for x in (groups, parts, before))
+        found["attention_mask"] = block_mask(*owners)
+    return found
 
 
 def block_mask(
-    rows: Tensor, parts: Tensor, before: Tensor
+    groups: Tensor, parts: Tensor, before: Tensor
 ) -> "torch.nn.attention.flex_attention.BlockMask":
-    """The rule for flex attention, from the row (T,) and the part of it (T,) that a token is in.
+    """Flex attention's mask of a packed row. It asks the rule for all T x (K + T) places.
 
-    before: (K,) the row of each key that lies before these tokens, of a prompt or of nobody. The
-    rule is evaluated for all T x (K + T), once a forward pass, and kept by blocks.
+    Args:
+        groups: (T,) the number of each token's group; -1: padding.
+        parts: (T,) 0 in the prompt, k in its k-th completion.
+        before: (K,) the group of each key of the row before, (0,) without one; -2: of a completion
+            or of padding, which nobody here sees.
     """
     from torch.nn.attention.flex_attention import create_block_mask  # takes a second to import
 
-    key_rows, key_parts = torch.cat([before, rows]), torch.cat([torch.zeros_like(before), parts])
+    key_groups, key_parts = (
+        torch.cat([before, groups]),
+        torch.cat([torch.zeros_like(before), parts]),
+    )
 
     def sees(batch, head, query, key):
-        own = (key_parts[key] == 0) | (key_parts[key] == parts[query])
-        return (key - len(before) <= query) & (key_rows[key] == rows[query]) & own
+        earlier = key - len(before) <= query  # so are all keys of the row before
+        prompt_or_own = (key_parts[key] == 0) | (key_parts[key] == parts[query])
+        return earlier & (key_groups[key] == groups[query]) & prompt_or_own
 
-    return create_block_mask(sees, None, None, len(rows), len(key_rows), device=rows.device)
+    return create_block_mask(sees, None, None, len(groups), len(key_groups), device=groups.device)
 
 
 class TokenLogps(torch.autograd.Function):

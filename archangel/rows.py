@@ -1,4 +1,4 @@
-"""Rows as JSONL to token ids, and in which order: what a trainer reads, whatever its loss."""
+"""Rows as JSONL to token ids, and in which order: what the trainers read."""
 
 import functools
 import gzip
@@ -35,8 +35,8 @@ def read_rows(data: str, split: str, forms: Sequence[str]) -> list[dict]:
         data = prepare()
     path = TOY / "data" if data == "toy" else Path(data)
     if path.is_dir():
-        plain, packed = path / f"{split}.jsonl", path / f"{split}.jsonl.gz"
-        path = packed if packed.exists() and not plain.exists() else plain
+        plain, zipped = path / f"{split}.jsonl", path / f"{split}.jsonl.gz"
+        path = zipped if zipped.exists() and not plain.exists() else plain
     elif split == "test":
         return []
     if split == "test" and not path.exists():
@@ -103,8 +103,8 @@ def tokenise(texts: list[tuple[str, list[str]]], tokenizer, config) -> list[dict
     is too long loses prompt first, down to --max_prompt_length, then completion.
     """
     encode = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
-    starts = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]  # does it add one itself?
-    bos, eos = [tokenizer.bos_token_id] * starts, [tokenizer.eos_token_id]
+    has_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]  # it adds one itself
+    bos, eos = [tokenizer.bos_token_id] * has_bos, [tokenizer.eos_token_id]
     examples = []
     for begin in progress(range(0, len(texts), 1000), "tokenise"):
         chunk = texts[begin : begin + 1000]
@@ -126,7 +126,10 @@ def tokenise(texts: list[tuple[str, list[str]]], tokenizer, config) -> list[dict
 
 
 def add_partners(examples: list[dict], config) -> None:
-    """Give each example a partner: its prompt with a completion of another, drawn once, seeded."""
+    """For KTO's --kl mismatched, give each example a partner: its prompt with another's completion.
+
+    The other has another prompt. Drawn once, by --seed; cut to --max_length.
+    """
     prompts = [example["prompt_ids"].tobytes() for example in examples]
     if len(set(prompts)) == 1:
         raise UserError(
@@ -165,7 +168,8 @@ def plan(
 
     The examples with most tokens come first, each to the process with the fewest so far. The tokens
     of a micro-batch (unpacked: of a row for each completion, all as long as the longest) stay
-    within limit, unless one example alone exceeds it. Who has fewer micro-batches gets empty ones.
+    within limit, unless one example alone exceeds it; partners, which pass without gradient, are
+    not counted. Who has fewer micro-batches gets empty ones.
     """
 
     def tokens(piece: list[int]) -> int:
@@ -188,7 +192,10 @@ def plan(
 
 
 def examples_sha256(examples: Sequence[dict], *more) -> str:
-    """Hash of every prompt and completion, and of `more`; a pair's is that of its two halves."""
+    """Hash of every prompt and completion, and of `more`.
+
+    A pair's is that of its two halves, so that DPO and KTO share a reference column.
+    """
     digest = hashlib.sha256(repr(more).encode())
     for example in examples:
         for ids in example["completions_ids"]:

@@ -140,7 +140,7 @@ with torch.no_grad():
     apart = common.completion_logps(model, common.make_batch([pair]))
 (lengths,) = batch.layout.lengths  # of the prompt, the chosen reply, the rejected one
 start, middle, length = np.cumsum(lengths)
-positions = fast.packed_layout(model, batch.layout, batch.input_ids)["position_ids"][0]
+positions = fast.packed_arguments(model, batch.layout, batch.input_ids)["position_ids"][0]
 part, place = torch.arange(3).repeat_interleave(torch.tensor(lengths)), torch.arange(length)
 mask = fast.block_mask(torch.zeros_like(part), part, part[:0])  # one row, nothing before it
 visible = mask.mask_mod(0, 0, place[:, None], place)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXForCausalLM
 
 import common
-from archangel.fast import TokenLogps, block_mask, packed_layout, use_packed
+from archangel.fast import TokenLogps, block_mask, packed_arguments, use_packed
 from common import completion_logps, make_batch
 
 VOCABULARY = 97
@@ -155,12 +155,12 @@ OTHERS = [  # the same prompts with other completions, as KTO's partners
 def test_completions_behind_prompts_already_seen_equal_whole_sequences(name):
     model = cached(name, packed=True)
     batch = make_batch(RAGGED, packed=True)
-    behind = make_batch(OTHERS, packed=True, behind=batch)
-    assert behind.input_ids.shape[1] == len(OTHERS) + len(behind.targets)  # a token of each prompt
+    after = make_batch(OTHERS, packed=True, after=batch)
+    assert after.input_ids.shape[1] == len(OTHERS) + len(after.targets)  # a token of each prompt
     logps = completion_logps(model, batch)
     with torch.no_grad():
         torch.testing.assert_close(
-            completion_logps(model, behind), plain_logps(cached(name), OTHERS), atol=1e-4, rtol=0
+            completion_logps(model, after), plain_logps(cached(name), OTHERS), atol=1e-4, rtol=0
         )
     # What is computed before the backward pass leaves the gradient alone.
     expected = gradients(model, completion_logps(model, make_batch(RAGGED, packed=True)))
@@ -171,15 +171,15 @@ def test_completions_behind_prompts_already_seen_equal_whole_sequences(name):
 def test_behind_an_empty_batch_nothing_comes():
     model = cached("gpt_neox", packed=True)
     batch = make_batch([], packed=True)
-    behind = make_batch([], packed=True, behind=batch)
-    for each in (batch, behind):
+    after = make_batch([], packed=True, after=batch)
+    for each in (batch, after):
         assert completion_logps(model, each).shape == (0,)
 
 
 def test_rows_apart_are_whole_though_their_prompts_have_been_seen():
     batch = make_batch(RAGGED)
-    behind = make_batch(OTHERS, behind=batch)
-    assert behind.input_ids.tolist() == make_batch(OTHERS).input_ids.tolist()
+    after = make_batch(OTHERS, after=batch)
+    assert after.input_ids.tolist() == make_batch(OTHERS).input_ids.tolist()
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -265,10 +265,10 @@ def test_flex_attention_gives_the_same_numbers(name, monkeypatch):
         use_packed(model, torch.device(device))
         assert model.config._attn_implementation == attention
         batch = make_batch(RAGGED, packed=True)
-        behind = make_batch(OTHERS, packed=True, behind=batch)
+        after = make_batch(OTHERS, packed=True, after=batch)
         with torch.no_grad():
             apart = completion_logps(model, make_batch(RAGGED))
-            found.append([completion_logps(model, each) for each in (batch, behind)] + [apart])
+            found.append([completion_logps(model, each) for each in (batch, after)] + [apart])
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=0)
 
 
@@ -416,7 +416,7 @@ def test_the_two_layouts_by_hand():
     packed = make_batch([pair, other], pad_id=9, packed=True)
     assert packed.input_ids.tolist() == [[11, 12, 21, 22, 23, 31, 13, 41, 42]]
     assert packed.layout.lengths == [[2, 3, 1], [1, 2]]
-    told = packed_layout(cached("gpt_neox", packed=True), packed.layout, packed.input_ids)
+    told = packed_arguments(cached("gpt_neox", packed=True), packed.layout, packed.input_ids)
     assert told["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2]]
     for batch in (packed, apart):
         assert batch.targets.tolist() == [21, 22, 23, 31, 41, 42]
@@ -577,7 +577,7 @@ def test_self_check_does_not_take_no_memory_for_no_such_attention(monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(common, "packed_layout", no_memory)
+    monkeypatch.setattr(common, "packed_arguments", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         check(tiny("gpt_neox"), PAIRS)
 
@@ -609,7 +609,7 @@ def test_self_check_keeps_rows_apart_where_the_backward_pass_fails(monkeypatch):
         def backward(ctx, gradient):
             raise RuntimeError("no kernel for this shape")
 
-    monkeypatch.setattr(common, "packed_layout", lambda *_: {"broken": True})
+    monkeypatch.setattr(common, "packed_arguments", lambda *_: {"broken": True})
     model = tiny("gpt_neox")
     forward = model.base_model.forward
 
