@@ -143,6 +143,7 @@ def completion_logps(model: nn.Module, batch: Batch, return_hidden=False) -> Ten
     hidden = model.base_model(input_ids=ids, use_cache=False, **others)
     hidden = hidden.last_hidden_state.flatten(0, 1)[batch.predictors]  # (N, H)
     gradient = torch.is_grad_enabled()
+    # Without gradient nothing is computed again, so that small chunks are as fast.
     size = (CHUNK if gradient else CHUNK // 8) // model.get_output_embeddings().weight.shape[0]
     chunks = list(zip(*(values.split(max(1, size)) for values in (hidden, batch.targets))))
     if len(chunks) > 1 and gradient:  # recompute logits (size, V), keep none
