@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -117,3 +118,20 @@ def test_one_class_or_one_prompt_is_refused():
     same = [{"prompt_ids": np.ones(3), "completions_ids": [np.ones(1)]} for _ in range(3)]
     with pytest.raises(common.UserError, match="two different prompts"):
         common.add_partners(same, settings(4))
+
+
+@pytest.mark.parametrize("kl", ["mismatched", "other_half"])
+def test_reference_point_of_negative_log_ratios_is_clamped(kl, monkeypatch):
+    monkeypatch.setattr(common, "gather", lambda parts, size, run: parts)
+    desirable = torch.tensor([True, True, False])
+    config = SimpleNamespace(kl=kl)
+    for r, means in (([-1.0, -4.0, 2.0], [2.0, 2.0, 0.0]), ([1.0, 3.0, 5.0], [5.0, 5.0, 2.0])):
+        found = kto.reference_point({"r": torch.tensor(r)}, desirable, config, None)
+        mean = max(0.0, sum(r) / 3)
+        assert found.tolist() == (means if kl == "other_half" else [mean] * 3)
+
+
+def test_log_ratios_of_the_reference_point_have_no_gradient():
+    weight = torch.ones(2, requires_grad=True)
+    micro = SimpleNamespace(sum=lambda values: values, reference_logps=torch.zeros(2))
+    assert not kto.detached_log_ratios(lambda _: weight * 2, micro).requires_grad

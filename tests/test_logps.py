@@ -168,6 +168,20 @@ def test_completions_behind_prompts_already_seen_equal_whole_sequences(name):
         assert torch.equal(gradient, expected[parameter])
 
 
+def test_what_was_kept_is_freed_when_taken_and_not_kept_again():
+    """Activation checkpointing computes a block, so its keys too, again in the backward pass."""
+    before, module = common.Layout([[2, 1]], kept={}), torch.nn.Identity()
+    after = common.Layout([[1, 1]], before)
+    key, value = torch.ones(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    before.keep(module, key, value)
+    taken = after.take(module)
+    assert [x.requires_grad for x in taken] == [False, False] and torch.equal(taken[0], key)
+    before.keep(module, key, value)
+    assert before.kept[module] is None
+    after.keep(module, key, value)  # nothing comes after it
+    assert after.kept is None
+
+
 def test_behind_an_empty_batch_nothing_comes():
     model = cached("gpt_neox", packed=True)
     batch = make_batch([], packed=True)
