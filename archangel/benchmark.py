@@ -8,13 +8,14 @@ Nothing is fetched: the model is one of the shapes below with random weights, th
 tokens with lognormal lengths (prompts of 160 in the mean, completions of 64). Each contender lives
 in a process of its own, so that its peak memory is its own. They take turns, a step each, so that
 whatever else the machine does hits all alike. After a few steps to warm up, each passes once over
-the same rows.
+the same batches. These are of rows of like length, as suits a trainer that pads, so that a median
+of steps is of the same rows for all. (The ladder's are drawn at random, as our trainers do.)
 
 The peer has three rows, since TRL's defaults save memory, not time, and since its output head
 scores every position, padding too, on a device without Triton:
 
     as it comes   its defaults, but with our optimizer, precision and batches
-    best          precomputed reference, no gradient checkpointing, rows of like length together
+    best          precomputed reference, no gradient checkpointing
     compact       best, with the output head on completion tokens only, as on a GPU
 
 On a GPU best is compact already, and the last row is left out. The last row is the one that counts.
@@ -474,16 +475,15 @@ def checks(examples: Sequence[dict], config: Config, policy, run) -> dict:
 
 @dataclass(frozen=True)
 class Contender:
-    """Who takes part: a function that runs in a process of its own, and over which rows."""
+    """Who takes part: a function that runs in a process of its own."""
 
     name: str
     run: Callable
-    rows: list[dict]
     options: object
     steps: int  # measured
 
 
-def contenders(config: Config, rows: list[dict]) -> list[Contender]:
+def contenders(config: Config) -> list[Contender]:
     """Us; then the peer's rows, or our own step without its ideas, the one that counts last."""
     if config.ladder:
         stages = {  # each keeps what came before
@@ -493,15 +493,13 @@ def contenders(config: Config, rows: list[dict]) -> list[Contender]:
             "packed, each prompt once": Stage(plain_head=True),
             "head in place": Stage(),
         }
-        return [Contender(name, ours, rows, stages[name], config.steps) for name in stages]
-    found = [Contender("ours", ours, rows, Stage(), config.steps)]
+        return [Contender(name, ours, stages[name], config.steps) for name in stages]
+    found = [Contender("ours", ours, Stage(), config.steps)]
     if config.peer != "none":
         from archangel import benchmark_trl
 
-        together = like_lengths_together(rows, config)
         for name, options in benchmark_trl.ROWS.items():
-            own_rows = together if options.best else rows
-            found.append(Contender(name, benchmark_trl.peer, own_rows, options, config.other_steps))
+            found.append(Contender(name, benchmark_trl.peer, options, config.other_steps))
         if torch.cuda.is_available():  # its head is compact there already
             found.pop()
         found[-1] = dataclasses.replace(found[-1], steps=config.steps)
@@ -510,7 +508,9 @@ def contenders(config: Config, rows: list[dict]) -> list[Contender]:
     return found
 
 
-def take_turns(config: Config, everyone: Sequence[Contender], folder: Path) -> dict[str, list]:
+def take_turns(
+    config: Config, rows: Sequence[dict], everyone: Sequence[Contender], folder: Path
+) -> dict[str, list]:
     """Name to the records of its turns: the reference pass, then the steps."""
     spawn = multiprocessing.get_context("spawn")  # no memory of this process in theirs
     maker = spawn.Process(target=write_model, args=(config, folder / "model"))
@@ -519,9 +519,9 @@ def take_turns(config: Config, everyone: Sequence[Contender], folder: Path) -> d
     if maker.exitcode:
         raise common.UserError(f"--model {config.model}: could not be written to {folder}")
     pipes, records, processes = {}, {}, []
-    for number, contender in enumerate(everyone):
-        path = folder / f"rows_{number}.jsonl"
-        write_rows(contender.rows, config.method, path)
+    path = folder / "rows.jsonl"
+    write_rows(rows, config.method, path)
+    for contender in everyone:
         pipes[contender.name], theirs = spawn.Pipe()
         records[contender.name] = []
         arguments = (theirs, config, folder, path, contender.name, contender.options)
@@ -549,8 +549,7 @@ def take_turns(config: Config, everyone: Sequence[Contender], folder: Path) -> d
 def same_work(everyone: Sequence[Contender], records: dict[str, list]) -> dict[str, dict]:
     """How far each differs from the first in completions' log-probabilities and in first losses.
 
-    Raises UserError where the tokens differ. What cannot be compared is left out: without a
-    reference column, or with the rows in another order.
+    Raises UserError where the tokens differ. Completions are left out without a reference column.
     """
     first, *others = everyone
     mine, found = records[first.name], {}
@@ -559,21 +558,19 @@ def same_work(everyone: Sequence[Contender], records: dict[str, list]) -> dict[s
         logps = [reference["texts"] for reference in (mine[0], theirs[0])]
         if logps[0].keys() != logps[1].keys():
             raise common.UserError(f"{other.name} and {first.name} do not see the same tokens")
-        found[other.name] = {}
+        losses = [abs(b["loss"] - a["loss"]) for a, b in zip(mine[1:], theirs[1:])]
+        found[other.name] = {"first_losses": losses[:3]}
         differ = max(abs(logps[1][key] - logps[0][key]) for key in logps[0])
         if not np.isnan(differ):
             found[other.name]["completion_logps"] = differ
-        if other.rows is first.rows:
-            losses = [abs(b["loss"] - a["loss"]) for a, b in zip(mine[1:], theirs[1:])]
-            found[other.name]["first_losses"] = losses[:3]
     return found
 
 
-def summarise(contender: Contender, records: list, config: Config, rate: float) -> dict:
-    """The figures of one contender."""
+def summarise(rows: Sequence[dict], records: list, config: Config, rate: float) -> dict:
+    """The figures of one contender, which went over these rows."""
     shape, size = SHAPES[config.model], config.batch_size
     reference, warm, steps = records[0], records[1 : 1 + WARMUP], records[1 + WARMUP :]
-    batches = [contender.rows[i : i + size] for i in range(0, len(contender.rows), size)]
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     work = [useful_work(batch, shape, config.method) for batch in batches[: len(steps)]]
     useful = {key: sum(w[key] for w in work) for key in work[0]}
     seconds = np.array([record["seconds"] for record in steps])
@@ -610,7 +607,6 @@ def ratios(figures: dict[str, dict]) -> dict[str, dict]:
     (_, mine), *others = figures.items()
     keys = [key for key in mine if key.startswith(("seconds_per", "cpu_seconds_per"))]
     keys = [key for key in keys if not isinstance(mine[key], list)] + ["max_memory_mib"]
-    # The rate is over all rows; a median of batches of like length leaves out the longest.
     keys.append("completion_tokens_per_second")
     return {name: {key: theirs[key] / mine[key] for key in keys} for name, theirs in others}
 
@@ -661,14 +657,14 @@ def main(config: Config) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # the bars of the others
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = make_rows(config)
-    everyone = contenders(config, rows)
+    rows = make_rows(config) if config.ladder else like_lengths_together(make_rows(config), config)
+    everyone = contenders(config)
     load = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
-        records = take_turns(config, everyone, Path(folder))
+        records = take_turns(config, rows, everyone, Path(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rate = matmul_rate(device)
-    figures = {c.name: summarise(c, records[c.name], config, rate) for c in everyone}
+    figures = {c.name: summarise(rows, records[c.name], config, rate) for c in everyone}
     report = {
         "settings": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

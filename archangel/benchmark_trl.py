@@ -17,7 +17,7 @@ from archangel.benchmark import WARMUP, Config, Turns, fingerprint
 class Options:
     """How TRL is set."""
 
-    best: bool = False  # precomputed reference, no gradient checkpointing, rows of like length
+    best: bool = False  # precomputed reference, no gradient checkpointing
     compact: bool = False  # the output head on completion tokens, though there is no Triton
 
 
