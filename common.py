@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from archangel.command import Interrupted, UserError, check_settings, exit_status, parse, progress
-from archangel.fast import BLOCK, Layout, TokenLogps, packed_arguments, use_packed
+from archangel.fast import Layout, TokenLogps, packed_arguments, row_length, use_packed
 from archangel.rows import (
     TOY,
     add_partners,
@@ -94,8 +94,7 @@ def make_batch(examples, device="cpu", pad_id=0, packed=False, indices=None, aft
     sizes = [sum(row) for row in lengths]
     shape, starts = (len(rows), max(sizes)), np.arange(len(rows)) * max(sizes)
     if packed:
-        multiple = 1 if torch.device(device).type == "cpu" else BLOCK
-        shape, starts = (1, -(-sum(sizes) // multiple) * multiple), np.cumsum([0, *sizes[:-1]])
+        shape, starts = (1, row_length(sum(sizes), device)), np.cumsum([0, *sizes[:-1]])
     input_ids = np.full(shape, pad_id).ravel()  # (R * T)
     predictors, targets = [np.empty(0, dtype=int)], [np.empty(0, dtype=int)]
     for start, (prompt, group) in zip(starts, rows):
@@ -118,10 +117,7 @@ def make_batch(examples, device="cpu", pad_id=0, packed=False, indices=None, aft
         "reference_logps": np.concatenate([np.float32([]), *reference]),
     }
     tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    layout = Layout(lengths, after and after.layout) if packed else None
-    if packed and after:
-        after.layout.kept = {}  # to be filled by its forward pass
-    return Batch(**tensors, layout=layout)
+    return Batch(**tensors, layout=Layout(lengths, after and after.layout) if packed else None)
 
 
 def completion_logps(model: nn.Module, batch: Batch, return_hidden=False) -> Tensor | tuple:
@@ -306,12 +302,15 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
     own_attention = policy.lm.config._attn_implementation
     try:
         use_packed(policy.lm, run.device)
-        ours = policy(make_batch(two, run.device, packed=True))
+        packed = make_batch(two, run.device, packed=True)
+        after = make_batch(two, run.device, packed=True, after=packed)
+        ours = policy(packed)
         ours.sum().backward()  # on a GPU compiled by itself: that, too, could fail
+        with torch.no_grad():  # after the same prompts, these completions are as likely
+            errors = torch.maximum((ours - plain).abs(), (policy(after) - plain).abs())
         # The worst four tokens in a row: a completion may wrongly see its sibling in its first few,
         # or pass an attention window in its last, and over all its tokens either would drown.
-        errors = F.pad(apart.pad((ours.detach() - plain).abs()), (0, 3))  # (C, longest + 3)
-        worst = F.avg_pool1d(errors, kernel_size=4, stride=1).max()
+        worst = F.avg_pool1d(apart.pad(errors), kernel_size=4, stride=1, padding=2).max()
         run.packed = bool(worst < (0.2 if run.bfloat16 else 1e-3))
     except torch.OutOfMemoryError:
         raise

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-BLOCK = 128  # flex attention's: on a GPU, a packed row is padded to a multiple of it
+BLOCK = 128  # flex attention's: it skips whole blocks of so many queries and keys
 
 
 @dataclasses.dataclass
@@ -37,6 +37,10 @@ class Layout:
     lengths: list[list[int]]  # tokens, of each group's prompt and completions
     before: "Layout | None" = None  # the row with the rest of these prompts, already computed
     kept: dict | None = None  # {attention module: (key, value), (1, heads, T, d)}; None: keep none
+
+    def __post_init__(self):
+        if self.before:
+            self.before.kept = {}  # to be filled by its forward pass
 
     def keep(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
         """Keep these for a row after this one, if one is to come.
@@ -131,6 +135,16 @@ AttentionInterface.register("packed", packed_attention)
 AttentionInterface.register("packed_flex", packed_flex_attention)
 
 
+def row_length(tokens: int, device: torch.device | str) -> int:
+    """How many places a packed row of so many tokens has.
+
+    On a GPU whole blocks, and two at least: flex attention is compiled once for all sizes above 1.
+    """
+    if torch.device(device).type == "cpu":
+        return tokens
+    return max(2, -(-tokens // BLOCK)) * BLOCK
+
+
 def use_packed(model: PreTrainedModel, device: torch.device) -> None:
     """Let the model attend to packed rows. Raises ValueError where it takes no such attention."""
     model.set_attn_implementation("packed" if device.type == "cpu" else "packed_flex")
@@ -181,15 +195,14 @@ def block_mask(
     """
     from torch.nn.attention.flex_attention import create_block_mask  # takes a second to import
 
-    key_groups, key_parts = (
-        torch.cat([before, groups]),
-        torch.cat([torch.zeros_like(before), parts]),
-    )
+    prompt, order = torch.zeros_like(before), torch.arange(len(groups), device=groups.device)
+    key_groups, key_parts = torch.cat([before, groups]), torch.cat([prompt, parts])
+    key_order = torch.cat([prompt, order])  # all of the row before is earlier than any query
 
+    # It sees tensors of at least two places, and no number: each of another kind is compiled apart.
     def sees(batch, head, query, key):
-        earlier = key - len(before) <= query  # so are all keys of the row before
         prompt_or_own = (key_parts[key] == 0) | (key_parts[key] == parts[query])
-        return earlier & (key_groups[key] == groups[query]) & prompt_or_own
+        return (key_order[key] <= query) & (key_groups[key] == groups[query]) & prompt_or_own
 
     return create_block_mask(sees, None, None, len(groups), len(key_groups), device=groups.device)
 

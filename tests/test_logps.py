@@ -1,9 +1,11 @@
 """Token ids to log-probabilities, against a full log-softmax of one sequence at a time."""
 
 import copy
+import dataclasses
 import functools
 import inspect
 import textwrap
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXForCausalLM
 
 import common
-from archangel.fast import TokenLogps, block_mask, packed_arguments, use_packed
+from archangel.fast import TokenLogps, block_mask, packed_arguments, row_length, use_packed
 from common import completion_logps, make_batch
 
 VOCABULARY = 97
@@ -268,22 +270,47 @@ def test_the_block_mask_lets_a_token_see_its_prompt_and_its_own_completion(lengt
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "llama_tied"])
-def test_flex_attention_gives_the_same_numbers(name, monkeypatch):
-    """What a GPU uses, here uncompiled and forward only: a CPU has no more of it."""
+def test_flex_attention_gives_the_same_numbers_and_is_compiled_a_few_times(name, monkeypatch):
+    """What a GPU uses, forward and backward, but for its kernels: here it is traced, not fused.
+
+    Rows of all sizes, that of one short example too: at the ninth compilation torch would give up,
+    say so in the log alone, and compute all scores.
+    """
+    import torch.nn.attention.flex_attention as torch_flex
     import transformers.integrations.flex_attention as flex
 
-    uncompiled = flex.flex_attention
-    monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: uncompiled)
-    model, found = tiny(name), []
-    for device, attention in (("cpu", "packed"), ("cuda", "packed_flex")):
-        use_packed(model, torch.device(device))
-        assert model.config._attn_implementation == attention
-        batch = make_batch(RAGGED, packed=True)
-        after = make_batch(OTHERS, packed=True, after=batch)
-        with torch.no_grad():
-            apart = completion_logps(model, make_batch(RAGGED))
-            found.append([completion_logps(model, each) for each in (batch, after)] + [apart])
-    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=0)
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    attention = torch.compile(torch_flex.flex_attention, backend=backend)
+    monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: attention)
+    # Refuses gradients on a CPU, which has no kernel for them.
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    model, random = tiny(name), Random(0)
+    for count in (12, 1, 40, 3, 1, 2, 30, 7):
+        lengths = [(random.randint(1, 20), random.choices(range(1, 20), k=2)) for _ in range(count)]
+        examples, found = make_examples(lengths, seed=count), []
+        for device, its_own in (("cpu", "packed"), ("cuda", "packed_flex")):
+            use_packed(model, torch.device(device))
+            assert model.config._attn_implementation == its_own
+            monkeypatch.setattr(common, "row_length", lambda n, _, to=device: row_length(n, to))
+            batch = make_batch(examples, packed=True)
+            after = make_batch(examples, packed=True, after=batch)
+            model.zero_grad()
+            logps = completion_logps(model, batch)
+            logps.square().mean().backward()
+            with torch.no_grad():
+                others = [completion_logps(model, after), completion_logps(model, batch)]
+            gradients = [parameter.grad for parameter in model.parameters()]
+            found.append([logps.detach(), *others, *gradients])
+        for flexible, plain in zip(*reversed(found)):
+            torch.testing.assert_close(flexible, plain, atol=1e-4, rtol=1e-4)
+    # With a gradient, without, after another row; each for the first size, then for all others.
+    assert 0 < len(compiled) <= 6 < torch._dynamo.config.recompile_limit
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
@@ -438,10 +465,12 @@ def test_the_two_layouts_by_hand():
         assert flat[batch.predictors].tolist() == [12, 21, 22, 12, 13, 41]
 
 
-def test_for_a_gpu_a_packed_row_is_padded_to_whole_blocks():
+def test_for_a_gpu_a_packed_row_is_padded_to_two_whole_blocks_or_more():
     batch = make_batch(RAGGED, "meta", packed=True)
-    assert batch.input_ids.shape == (1, common.BLOCK)
+    assert batch.input_ids.shape == (1, 256)
     assert sum(map(sum, batch.layout.lengths)) == 53
+    assert [row_length(n, "cuda") for n in (0, 256, 257, 1000)] == [256, 256, 384, 1024]
+    assert row_length(257, "cpu") == 257
 
 
 def test_indices_are_those_given_or_count_from_0():
@@ -568,11 +597,23 @@ def test_self_check_keeps_rows_apart_where_only_another_row_is_seen(monkeypatch)
     forward = model.base_model.forward
 
     def ignore(*rows, layout=None, **given):
-        told = layout and common.Layout([[sum(map(sum, layout.lengths))]])
-        return forward(*rows, layout=told, **given)
+        if layout and not layout.before:  # the others as more completions of the first
+            first, *others = layout.lengths
+            layout = dataclasses.replace(layout, lengths=[[*first, *map(sum, others)]])
+        return forward(*rows, layout=layout, **given)
 
     monkeypatch.setattr(model.base_model, "forward", ignore)
     assert check(model, examples).packed is False
+
+
+def test_self_check_keeps_rows_apart_where_one_after_another_goes_wrong(monkeypatch):
+    take = common.Layout.take
+
+    def forget(*given):
+        return tuple(torch.zeros_like(kept) for kept in take(*given))
+
+    monkeypatch.setattr(common.Layout, "take", forget)
+    assert check(tiny("gpt_neox"), PAIRS).packed is False
 
 
 def test_self_check_sees_a_sibling_though_each_example_has_one_completion():
