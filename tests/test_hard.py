@@ -369,6 +369,40 @@ def test_uneven_data_on_any_number_of_processes(script, nodes, processes, tmp_pa
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+GATHERS = """
+import json, sys
+sys.path.insert(0, ROOT)
+import common, dpo, torch
+
+config = common.parse(dpo.Config, "")
+run = common.Run(config)
+rows = common.read_rows(config.data, "train", dpo.FORMS)
+examples = dpo.make_examples(rows, run.tokenizer, config)
+run.start(examples, [], 1)
+run.packed, policy, found = False, common.load_policy(run), []
+(micro,) = common.micro_batches(examples[:4], run)
+for common.CHUNK in (2**27, 2**12):
+    with torch.profiler.profile() as profile:
+        policy(micro).sum().backward()
+    gathers = sum("allgather" in event.name for event in profile.events())
+    found.append([len(micro.targets) * len(run.tokenizer) / common.CHUNK, gathers])
+if run.rank == 0:
+    with open(config.out + ".json", "w") as file:
+        json.dump(found, file)
+"""
+
+
+def test_the_head_is_gathered_once_a_pass_and_not_once_a_chunk(tmp_path):
+    """Two processes, four examples: all-gathers with one chunk of the head and with many."""
+    program = tmp_path / "gathers.py"
+    program.write_text(f"ROOT = {str(ROOT)!r}\n{GATHERS}")
+    (agent,) = torchrun(str(program), *flags(settings("toy", tmp_path / "run")))
+    assert agent.returncode == 0, agent.stderr[-3000:]
+    (few, whole), (many, in_chunks) = json.loads((tmp_path / "run.json").read_text())
+    assert few < 1 and many > 8  # chunks
+    assert in_chunks == whole > 0
+
+
 BAD_DATA = {  # what process 1 finds in its file, and what is said
     "a bad row": ('{"prompt": "Q:"}', "rows1.jsonl, row 17: has ['prompt']"),
     "another row": (
