@@ -35,7 +35,7 @@ class Layout:
     """
 
     lengths: list[list[int]]  # tokens, of each group's prompt and completions
-    before: "Layout | None" = None  # the row with the rest of these prompts, already computed
+    before: "Layout | None" = None  # the row with the rest of these prompts, computed first
     kept: dict | None = None  # {attention module: (key, value), (1, heads, T, d)}; None: keep none
 
     def __post_init__(self):
