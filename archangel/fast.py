@@ -125,6 +125,8 @@ def packed_flex_attention(
     """The same on a GPU, where attention_mask is the packed row's `block_mask`."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    # Rotary positions make them float32 under autocast, which torch's own attention would undo.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     layout.keep(module, key, value)
     if layout.before:
         key, value = (torch.cat(x, dim=2) for x in zip(layout.take(module), (key, value)))

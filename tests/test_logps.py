@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXForCausalLM
 
 import common
+from archangel import fast
 from archangel.fast import TokenLogps, block_mask, packed_arguments, row_length, use_packed
 from common import completion_logps, make_batch
 
@@ -311,6 +312,22 @@ def test_flex_attention_gives_the_same_numbers_and_is_compiled_a_few_times(name,
             torch.testing.assert_close(flexible, plain, atol=1e-4, rtol=1e-4)
     # With a gradient, without, after another row; each for the first size, then for all others.
     assert 0 < len(compiled) <= 6 < torch._dynamo.config.recompile_limit
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llama_tied"])
+def test_flex_attention_runs_in_bfloat16_where_the_rest_does(name, monkeypatch):
+    """Rotary positions have made float32 of queries and keys: slow, and not of the values' kind."""
+    model, seen = tiny(name), []
+
+    def look(module, query, key, value, attention_mask, **others):
+        seen.extend([query.dtype, key.dtype, value.dtype])
+        return query.transpose(1, 2), None
+
+    monkeypatch.setattr(fast, "flex_attention_forward", look)
+    use_packed(model, torch.device("cuda"))
+    with torch.no_grad():
+        common.Policy(model, None, bfloat16=True)(make_batch(RAGGED, packed=True))
+    assert set(seen) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
