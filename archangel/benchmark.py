@@ -7,19 +7,21 @@
 Nothing is fetched: the model is one of the shapes below with random weights, the rows are random
 tokens with lognormal lengths (prompts of 160 in the mean, completions of 64). Each contender lives
 in a process of its own, so that its peak memory is its own. They take turns, a step each, so that
-whatever else the machine does hits all alike. After a few steps to warm up, each passes once over
-the same batches. These are of rows of like length, as suits a trainer that pads, so that a median
-of steps is of the same rows for all. (The ladder's are drawn at random, as our trainers do.)
+whatever else the machine does hits all alike; on a GPU, whose memory is too small for all, one
+comes after the other. After a few steps to warm up, each passes once over the same batches. These
+are of rows of like length, as suits a trainer that pads. (The ladder's are drawn at random, as our
+trainers do.)
 
 The peer has three rows, since TRL's defaults save memory, not time, and since its output head
 scores every position, padding too, on a device without Triton:
 
     as it comes   its defaults, but with our optimizer, precision and batches
-    best          precomputed reference, no gradient checkpointing
+    best          precomputed reference by a model of its own, no gradient checkpointing
     compact       best, with the output head on completion tokens only, as on a GPU
 
 On a GPU best is compact already, and the last row is left out. The last row is the one that counts.
-TRL has no offline PPO; for SLiC its nearest is DPO's hinge, on log-ratios, with a reference.
+TRL has no offline PPO; for SLiC the peer is DPO's hinge, on log-ratios, with a reference. On a CPU
+all compute in float32. Memory that is freed stays with the process, for all: it is faster.
 
 Useful work is what no implementation can leave out: each prompt once, each completion once (KTO's
 mismatched partner is a completion), the output head on completion tokens, and for a token in each
@@ -38,6 +40,7 @@ clock, not these.
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
@@ -93,11 +96,16 @@ class Config:
     def __post_init__(self):
         if self.model not in SHAPES:
             raise common.UserError(f"--model {self.model}: not one of {', '.join(SHAPES)}")
-        for name in ("steps", "other_steps", "batch_size", "lr"):
-            if not getattr(self, name) > 0:
-                raise common.UserError(f"--{name} {getattr(self, name)}: must be above 0")
-        if self.max_length < 64:
-            raise common.UserError(f"--max_length {self.max_length}: must be at least 64")
+        if not self.lr > 0:
+            raise common.UserError(f"--lr {self.lr}: must be above 0")
+        if not self.out:
+            raise common.UserError("--out: needs the name of a folder")
+        least = {"steps": WARMUP, "other_steps": 1, "batch_size": 1, "max_length": 64, "seed": 0}
+        least["peer_rows_at_once"] = 0
+        least["micro_batch_tokens"] = 2 * self.max_length  # a pair is shorter
+        for name, limit in least.items():
+            if getattr(self, name) < limit:
+                raise common.UserError(f"--{name} {getattr(self, name)}: must be at least {limit}")
         if self.batch_size % 2 and self.method in ("kto", "ppo_offline"):
             raise common.UserError(f"--batch_size {self.batch_size}: must be even, half each class")
         if self.ladder and (self.method != "dpo" or self.peer != "none"):
@@ -105,6 +113,8 @@ class Config:
         at_once = self.peer_rows_at_once
         if at_once and self.batch_size % at_once:
             raise common.UserError(f"--peer_rows_at_once {at_once}: must divide --batch_size")
+        if at_once == 1 and self.method == "kto":
+            raise common.UserError("--peer_rows_at_once 1: TRL's KTO needs 2, to pair replies anew")
         if self.peer != "none" and self.method == "ppo_offline":
             raise common.UserError(f"--peer {self.peer}: TRL has no offline PPO; leave it out")
         if self.peer != "none" and importlib.util.find_spec("trl") is None:
@@ -207,7 +217,7 @@ def forward_flops(shape: tuple, before: int, tokens: int) -> int:
 def useful_work(rows: Sequence[dict], shape: tuple, method: str) -> dict[str, int]:
     """Tokens that must be computed, and operations of their step and of their reference pass.
 
-    KTO's partner is counted as long as the row's own completion: over the rows it is.
+    KTO's partner is counted as long as the row's own completion, which over the rows it nearly is.
     """
     head = 2 * shape[1] * shape[-1]  # a completion token
     tokens = completion_tokens = trained = forward = 0
@@ -518,28 +528,33 @@ def take_turns(
     maker.join()
     if maker.exitcode:
         raise common.UserError(f"--model {config.model}: could not be written to {folder}")
-    pipes, records, processes = {}, {}, []
     path = folder / "rows.jsonl"
     write_rows(rows, config.method, path)
-    for contender in everyone:
-        pipes[contender.name], theirs = spawn.Pipe()
-        records[contender.name] = []
-        arguments = (theirs, config, folder, path, contender.name, contender.options)
-        processes.append(spawn.Process(target=contender.run, args=arguments, daemon=True))
-        processes[-1].start()
-        theirs.close()
-    for turn in common.progress(range(1 + WARMUP + config.steps), "turns"):
-        for contender in everyone:
-            if turn < 1 + WARMUP + contender.steps:
-                pipe = pipes[contender.name]
-                try:
-                    pipe.send("count" if turn == 1 else "go")  # what step 0 computes
-                    records[contender.name].append(pipe.recv())
-                except (EOFError, OSError):
-                    raise common.UserError(f"{contender.name}: ended early, see above") from None
-    for contender, process in zip(everyone, processes):
-        pipes[contender.name].send("leave")
-        process.join()
+    records = {contender.name: [] for contender in everyone}
+    # A GPU is ours alone, and its memory too small for all: there one comes after the other.
+    groups = [[contender] for contender in everyone] if torch.cuda.is_available() else [everyone]
+    for group in groups:
+        pipes, processes = {}, []
+        for contender in group:
+            pipes[contender.name], theirs = spawn.Pipe()
+            arguments = (theirs, config, folder, path, contender.name, contender.options)
+            processes.append(spawn.Process(target=contender.run, args=arguments, daemon=True))
+            processes[-1].start()
+            theirs.close()
+        for turn in common.progress(range(1 + WARMUP + config.steps), "turns"):
+            for contender in group:
+                if turn < 1 + WARMUP + contender.steps:
+                    pipe = pipes[contender.name]
+                    try:
+                        pipe.send("count" if turn == 1 else "go")  # what step 0 computes
+                        records[contender.name].append(pipe.recv())
+                    except (EOFError, OSError):
+                        raise common.UserError(
+                            f"{contender.name}: ended early; its error stands above"
+                        ) from None
+        for contender, process in zip(group, processes):
+            pipes[contender.name].send("leave")
+            process.join()
     return records
 
 
@@ -665,12 +680,15 @@ def main(config: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rate = matmul_rate(device)
     figures = {c.name: summarise(rows, records[c.name], config, rate) for c in everyone}
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
+    if config.peer != "none":
+        versions["trl"] = importlib.metadata.version("trl")
     report = {
         "settings": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "load": [load, os.getloadavg()],
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, np)},
+        "versions": versions,
         "counts": count(config, rows),
         "matmul_rate": rate,
         "figures": figures,
@@ -684,6 +702,9 @@ def main(config: Config) -> None:
     print(table(report))
     for key, value in report["differ_from_first"].items():
         print(f"{key} differs from {everyone[0].name}: {value}")
+        # KTO's partners are not TRL's, SLiC's hinge is another.
+        if config.method in ("sft", "dpo") and not max(value["first_losses"]) < 0.05:
+            raise common.UserError(f"{key}: its losses are not those of {everyone[0].name}")
     if config.ladder:
         draw(report, out / f"{name}.png")
 

@@ -4,6 +4,7 @@ Read for TRL 1.16. Imported only where TRL is installed; nothing else of the pro
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,13 @@ ROWS = {
 
 
 class TakeTurns(TrainerCallback):
-    """Lets TRL's loop do one optimizer step a turn, data loading included."""
+    """Lets TRL's loop do one optimizer step a turn, data loading included.
 
-    def __init__(self, turns: Turns):
-        self.turns, self.losses = turns, []
+    whole: makes a batch's loss of its parts'.
+    """
+
+    def __init__(self, turns: Turns, whole: Callable):
+        self.turns, self.losses, self.whole = turns, [], whole
 
     def on_train_begin(self, args, state, control, **_) -> None:
         """The first step's turn."""
@@ -41,7 +45,7 @@ class TakeTurns(TrainerCallback):
     def on_step_end(self, args, state, control, **_) -> None:
         """The end of a turn. After the warm-up the epoch starts again, over all rows."""
         self.turns.stop()
-        self.turns.tell(loss=torch.stack(self.losses).mean().item())
+        self.turns.tell(loss=self.whole(torch.stack(self.losses)).item())
         self.losses.clear()
         control.should_epoch_stop = state.global_step == WARMUP
         self.turns.wait()
@@ -80,7 +84,8 @@ def trainer_class(method: str) -> tuple[type, type, dict]:
         return trl.SFTTrainer, trl.SFTConfig, {}
     if method == "kto":
         return trl.KTOTrainer, trl.KTOConfig, {"beta": 0.1}
-    # SLiC is not there: its hinge, on log-ratios, is the nearest. It has a reference; ours none.
+    # SLiC's hinge without a reference is in TRL's experimental CPOTrainer alone; this one, on log-
+    # ratios, has a reference.
     loss = "sigmoid" if method == "dpo" else "hinge"
     return trl.DPOTrainer, trl.DPOConfig, {"beta": 0.1, "loss_type": [loss]}
 
@@ -104,12 +109,13 @@ def peer(connection, config: Config, folder: Path, rows: Path, name: str, option
     """TRL's trainer in turns: the reference pass, where it is done apart, then its `train`."""
     import trl.trainer.utils
     from datasets import load_dataset
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if options.compact:  # where add_fused_lm_head asks; the kernels themselves stay torch's
         trl.trainer.utils._use_triton = lambda device: True
     turns = Turns(connection)
-    callback = TakeTurns(turns)
+    # SFT's parts are divided by the tokens of the whole batch already.
+    callback = TakeTurns(turns, torch.sum if config.method == "sft" else torch.mean)
     base, config_class, own = trainer_class(config.method)
     if config.method != "sft":
         own = own | {"precompute_ref_log_probs": options.best}
@@ -117,6 +123,7 @@ def peer(connection, config: Config, folder: Path, rows: Path, name: str, option
     class Measured(base):
         def _precompute_ref_logps(self, *args, **kwargs):
             turns.count_tokens(self.model)
+            turns.count_tokens(self.ref_model)
             turns.wait()
             dataset = super()._precompute_ref_logps(*args, **kwargs)
             turns.stop()
@@ -132,8 +139,13 @@ def peer(connection, config: Config, folder: Path, rows: Path, name: str, option
         "json", data_files=str(rows), cache_dir=str(folder / name), split="train"
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    models = {"model": str(folder / "model")}
+    if own.get("precompute_ref_log_probs"):
+        # A model of its own for the reference: from the policy TRL would take more than log-
+        # probabilities, its metrics, and throw them away.
+        models["ref_model"] = AutoModelForCausalLM.from_pretrained(folder / "model")
     trainer = Measured(
-        model=str(folder / "model"),
+        **models,
         args=config_class(**settings(config, options, folder), **own),
         train_dataset=dataset,
         processing_class=tokenizer,
