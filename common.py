@@ -255,7 +255,8 @@ def load_policy(run: Run, value_head: bool = False) -> Policy:
     if run.world_size == 1:  # sharding would cost 40% of the speed for the same bits
         return policy.to(run.device)
     compute = torch.bfloat16 if run.bfloat16 else None
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=run.dtype)
+    # Inputs are left alone, since autocast casts what needs it: else each block has its own Layout.
+    precision = MixedPrecisionPolicy(compute, run.dtype, cast_forward_inputs=False)
     # The root too, even after a pass without gradient: optimizer and checkpoints look at it.
     for module in (*blocks, policy):
         fully_shard(module, mp_policy=precision, reshard_after_forward=True)
@@ -299,7 +300,7 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
             f"--model {run.model_path}: its log-probabilities differ by {error:.2g} nats a token "
             "from its own forward pass: a scaling of its logits that is not known here"
         )
-    own_attention = policy.lm.config._attn_implementation
+    own_attention, reason = policy.lm.config._attn_implementation, "its numbers differ"
     try:
         use_packed(policy.lm, run.device)
         packed = make_batch(two, run.device, packed=True)
@@ -314,16 +315,17 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
         run.packed = bool(worst < (0.2 if run.bfloat16 else 1e-3))
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # it takes no such attention, or no positions, each in its own words
-        run.packed = False
-    if run.world_size > 1:  # all or none: processes go through equally many micro-batches
-        everyones = torch.tensor(int(run.packed))
-        dist.all_reduce(everyones, dist.ReduceOp.MIN)
-        run.packed = bool(everyones)
+    except Exception as error:  # it takes no such attention, or no positions, in its own words
+        run.packed, reason = False, str(error).strip().partition("\n")[0] or repr(error)
+        # FSDP does not recover from a pass that broke off, if it came to one.
+        if run.world_size > 1 and policy.lm.config._attn_implementation != own_attention:
+            raise UserError(f"--model: packed rows fail ({reason}); train in one process") from None
+    run.packed = run.all_agree(run.packed)  # processes go through equally many micro-batches
     if not run.packed:
+        run.say(f"each completion has a row of its own, which is slower: packed, {reason}")
         policy.lm.set_attn_implementation(own_attention)
     policy.zero_grad()
-    run.record["packed_rows"] = run.packed
+    run.record |= {"packed_rows": run.packed, "self_check_error": error.item()}  # nats a token
 
 
 @torch.no_grad()
@@ -364,9 +366,11 @@ def add_reference_logps(policy: Policy, examples: list[dict], run: Run) -> None:
 
 def make_optimizer(policy: Policy, config) -> torch.optim.Optimizer:
     """RMSprop, as the authors used, or AdamW, as the later paper recommends; no weight decay."""
+    # All weights at once, on a GPU: torch's own default there, but not for the shards of FSDP.
+    how = {"lr": config.lr, "foreach": next(policy.parameters()).is_cuda}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0)
-    return torch.optim.RMSprop(policy.parameters(), lr=config.lr)
+        return torch.optim.AdamW(policy.parameters(), weight_decay=0.0, **how)
+    return torch.optim.RMSprop(policy.parameters(), **how)
 
 
 def clip_gradient(

@@ -329,7 +329,7 @@ class Turns:
         if order == "leave":
             raise SystemExit
         self.tokens, self.counter = 0, None
-        if order == "count":
+        if order == "count" and self.device.type == "cpu":  # torch compiles nothing while it counts
             attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
             formulas = {
@@ -423,6 +423,10 @@ def ours(connection, config: Config, folder: Path, rows: Path, name: str, stage:
         common.CHUNK, common.TokenLogps = sys.maxsize, PlainHead
     if stage.all_logits:
         policy = AllLogits(policy.lm, None, policy.bfloat16).eval()
+    if run.device.type == "cuda":  # what torch compiles for the reference, for one size and for all
+        with torch.no_grad():
+            for few in (1, 2, 4):
+                policy(common.make_batch(examples[:few], run.device, packed=run.packed))
     turns.count_tokens(policy.lm)
 
     turns.wait()
@@ -610,7 +614,7 @@ def summarise(rows: Sequence[dict], records: list, config: Config, rate: float) 
         "max_memory_mib": max(record["max_memory_mib"] for record in records),
         "useful_share": useful["tokens"] / sum(record["tokens"] for record in steps),
         "mfu": flops / rate / (total if on_gpu else cpu_with_reference * len(steps)),
-        "first_step_gflop": warm[0]["flops"] / 1e9,
+        "first_step_gflop": None if on_gpu else warm[0]["flops"] / 1e9,
         "first_step_useful_gflop": first["step_flops"] / 1e9,
         "seconds": seconds.tolist(),
         **extra,
@@ -669,6 +673,7 @@ def main(config: Config) -> None:
     """Measure, print, and write `out`/MODEL_METHOD.json (and the ladder's picture)."""
     os.environ |= ALLOCATOR  # read when a process starts
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, TRL would use all
     os.environ["TQDM_DISABLE"] = "1"  # the bars of the others
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

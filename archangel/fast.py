@@ -13,8 +13,6 @@ values serve again, so that only the completions are computed.
 **The head's cross-entropy in the memory of its logits**, of which torch's takes three times.
 """
 
-import dataclasses
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,20 +25,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 BLOCK = 128  # flex attention's: it skips whole blocks of so many queries and keys
 
 
-@dataclasses.dataclass
 class Layout:
     """What a packed row is made of, for the attention of every layer.
 
-    An object and no dict: FSDP copies the containers among the arguments of a module.
+    No dict and no dataclass: of these FSDP may give each block a copy of its own.
     """
 
-    lengths: list[list[int]]  # tokens, of each group's prompt and completions
-    before: "Layout | None" = None  # the row with the rest of these prompts, computed first
-    kept: dict | None = None  # {attention module: (key, value), (1, heads, T, d)}; None: keep none
-
-    def __post_init__(self):
-        if self.before:
-            self.before.kept = {}  # to be filled by its forward pass
+    def __init__(self, lengths: list[list[int]], before: "Layout | None" = None):
+        self.lengths = lengths  # tokens, of each group's prompt and completions
+        self.before = before  # the row with the rest of these prompts, computed first
+        self.kept = None  # {attention module: (key, value), (1, heads, T, d)}; None: keep none
+        if before:
+            before.kept = {}  # to be filled by its forward pass
 
     def keep(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
         """Keep these for a row after this one, if one is to come.
@@ -149,7 +145,10 @@ def row_length(tokens: int, device: torch.device | str) -> int:
 
 def use_packed(model: PreTrainedModel, device: torch.device) -> None:
     """Let the model attend to packed rows. Raises ValueError where it takes no such attention."""
-    model.set_attn_implementation("packed" if device.type == "cpu" else "packed_flex")
+    name = "packed" if device.type == "cpu" else "packed_flex"
+    model.set_attn_implementation(name)  # which may say no in the log alone
+    if model.config._attn_implementation != name:
+        raise ValueError("it takes no attention but its own")
 
 
 def packed_arguments(model: PreTrainedModel, layout: Layout, input_ids: Tensor) -> dict:

@@ -178,7 +178,7 @@ class Run:
         labels = [example.get("desirable") for example in everything]
         good, bad = (labels[: len(train_set)].count(label) for label in (True, False))
         if good != bad:
-            self._say(f"{good} desirable, {bad} undesirable examples: the smaller class repeats")
+            self.say(f"{good} desirable, {bad} undesirable examples: the smaller class repeats")
         self.record = {
             "script": Path(inspect.getfile(type(config))).name,
             "settings": dataclasses.asdict(config),
@@ -199,7 +199,7 @@ class Run:
             raise UserError(f"--resume {path}: is damaged; choose another --out") from None
         self._refuse_changes(before)
         if before.get("finished") and before["steps"] >= steps:
-            self._say(f"{self.folder}: finished already, after {before['steps']} steps")
+            self.say(f"{self.folder}: finished already, after {before['steps']} steps")
             return False
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         weights = [None]
@@ -219,9 +219,17 @@ class Run:
         self._refuse_changes(before)
         return True
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Write a line for a person, once (process 0)."""
         if self.rank == 0:
             tqdm.write(text, file=sys.stderr)
+
+    def all_agree(self, yes: bool) -> bool:
+        """Whether all processes say yes. Every process calls it."""
+        everyones = torch.tensor(int(yes))
+        if self.world_size > 1:
+            dist.all_reduce(everyones, dist.ReduceOp.MIN)
+        return bool(everyones)
 
     def _refuse_changes(self, before: dict) -> None:
         """Raise UserError, by name, where the folder's run had other settings, data or model."""
@@ -367,7 +375,7 @@ class Run:
             self.write_record()
             self.bar.close()
             self.lock.release()
-            self._say(f"the model is in {self.folder}")
+            self.say(f"the model is in {self.folder}")
         dist.barrier()
 
     def speed(self, batch: Sequence[dict], started: float) -> dict[str, float]:
@@ -388,7 +396,7 @@ class Run:
             figures = {k: v for k, v in figures.items() if v is not None}
             held_out = [f"{k[5:]} {v:.4g}" for k, v in figures.items() if k.startswith("eval_")]
             if held_out:
-                self._say(f"held out, after step {step}: {', '.join(held_out)}")
+                self.say(f"held out, after step {step}: {', '.join(held_out)}")
             shown = ("loss", "reward_margin", "logp_margin", "log_ratio_margin", "kl")
             shown += ("tokens_per_second",)
             shown = {k: f"{figures[k]:.4g}" for k in shown if k in figures}

@@ -137,11 +137,32 @@ def test_ours_alone_says_every_figure(tmp_path):
     assert report["matmul_rate"] > 0 and len(report["load"]) == 2
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
+def test_the_peer_computes_the_same_loss(method, tmp_path):
+    """TRL's three rows, two rows at once: the first step's loss, and every reference log-prob."""
+    pytest.importorskip("trl")
+    command = [sys.executable, "-m", "archangel.benchmark", "--model", "tiny", "--method", method]
+    command += ["--peer", "trl", "--steps", "2", "--batch_size", "4", "--peer_rows_at_once", "2"]
+    command += ["--max_length", "64", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / f"tiny_{method}.json").read_text())
+    assert len(report["differ_from_first"]) == 3 and "trl" in report["versions"]
+    for name, differ in report["differ_from_first"].items():
+        assert differ["first_losses"][0] < 1e-5
+        assert (method == "sft" or name == "trl, as it comes") or differ["completion_logps"] < 1e-3
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--model", "no-such-shape"],
-        ["--model", "tiny", "--steps", "0"],
+        ["--model", "tiny", "--steps", "1"],
+        ["--model", "tiny", "--seed", "-1"],
+        ["--model", "tiny", "--out", ""],
+        ["--model", "tiny", "--micro_batch_tokens", "100"],
+        ["--model", "tiny", "--peer_rows_at_once", "-2"],
+        ["--model", "tiny", "--method", "kto", "--peer_rows_at_once", "1"],
         ["--model", "tiny", "--method", "sft", "--ladder"],
         ["--model", "tiny", "--method", "kto", "--batch_size", "3"],
         ["--model", "tiny", "--method", "ppo_offline", "--peer", "trl"],

@@ -369,6 +369,18 @@ def test_uneven_data_on_any_number_of_processes(script, nodes, processes, tmp_pa
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_bfloat16_on_two_processes_packs_rows_and_moves_every_weight(tmp_path):
+    """FSDP handles what a module is given where it computes in bfloat16, and only there."""
+    values = settings("toy", tmp_path / "run", dtype="bfloat16", kl="mismatched", max_steps=2)
+    values |= {"save_every": 0, "warmup_steps": 0, "lr": 1e-3}
+    (agent,) = torchrun(str(ROOT / "kto.py"), *flags(values))
+    assert agent.returncode == 0, agent.stderr[-3000:]
+    assert json.loads((tmp_path / "run/run.json").read_text())["packed_rows"] is True
+    before = load_file(common.TOY / "model/model.safetensors")
+    after = load_file(tmp_path / "run/model.safetensors")
+    assert not [name for name in before if torch.equal(after[name].float(), before[name].float())]
+
+
 GATHERS = """
 import json, sys
 sys.path.insert(0, ROOT)
