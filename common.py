@@ -315,8 +315,8 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
         run.packed = bool(worst < (0.2 if run.bfloat16 else 1e-3))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # it takes no such attention, or no positions, in its own words
-        run.packed, reason = False, str(error).strip().partition("\n")[0] or repr(error)
+    except Exception as refusal:  # it takes no such attention, or no positions, in its own words
+        run.packed, reason = False, str(refusal).strip().partition("\n")[0] or repr(refusal)
         # FSDP does not recover from a pass that broke off, if it came to one.
         if run.world_size > 1 and policy.lm.config._attn_implementation != own_attention:
             raise UserError(f"--model: packed rows fail ({reason}); train in one process") from None

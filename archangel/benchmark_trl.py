@@ -143,7 +143,9 @@ def peer(connection, config: Config, folder: Path, rows: Path, name: str, option
     if own.get("precompute_ref_log_probs"):
         # A model of its own for the reference: from the policy TRL would take more than log-
         # probabilities, its metrics, and throw them away.
-        models["ref_model"] = AutoModelForCausalLM.from_pretrained(folder / "model")
+        models["ref_model"] = AutoModelForCausalLM.from_pretrained(
+            folder / "model", use_safetensors=True
+        )
     trainer = Measured(
         **models,
         args=config_class(**settings(config, options, folder), **own),

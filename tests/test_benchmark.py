@@ -59,9 +59,9 @@ def test_operations_and_weights_of_the_real_model(tmp_path):
 
 
 def test_padding_and_sharing_are_counted():
-    """Two pairs: what is computed in rows of their own, and padded to the longest."""
-    config = Config(model="tiny", steps=1, batch_size=2)
-    counts = count(config, [row(10, 4, 6), row(2, 1, 1)])
+    """Two pairs, twice: what a step computes in rows of their own, and padded to the longest."""
+    config = Config(model="tiny", steps=2, batch_size=2)
+    counts = count(config, [row(10, 4, 6), row(2, 1, 1)] * 2)
     assert counts["useful_tokens"] == 10 + 4 + 6 + 2 + 1 + 1
     assert counts["prompt_with_each_completion_tokens"] == 14 + 16 + 3 + 3
     assert counts["padded_rows_tokens"] == 4 * 16
@@ -70,7 +70,7 @@ def test_padding_and_sharing_are_counted():
 def test_useful_share():
     """Useful tokens over the places that were computed."""
     rows = [row(10, 4, 6), row(2, 1, 1)]
-    config = Config(model="tiny", steps=1, batch_size=2)
+    config = Config(model="tiny", steps=2, batch_size=2)
     record = {"seconds": 2.0, "cpu_seconds": 2.0, "tokens": 40, "max_memory_mib": 1.0, "flops": 1}
     figures = benchmark.summarise(rows, [record] * (2 + benchmark.WARMUP), config, rate=1e9)
     assert figures["useful_share"] == 24 / 40
@@ -98,7 +98,7 @@ def test_rows_are_reproducible_and_of_the_stated_lengths():
 def test_text_turns_into_the_same_tokens(method, tmp_path):
     """What the trainers read from the file are the rows' own tokens, end marks included."""
     script = __import__(method)
-    config = Config(model="tiny", method=method, steps=1)
+    config = Config(model="tiny", method=method, steps=2)
     rows = make_rows(config)
     benchmark.write_model(config, tmp_path)
     benchmark.write_rows(rows, method, tmp_path / "rows.jsonl")

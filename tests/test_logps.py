@@ -172,7 +172,7 @@ def test_completions_behind_prompts_already_seen_equal_whole_sequences(name):
 
 def test_what_was_kept_is_freed_when_taken_and_not_kept_again():
     """Activation checkpointing computes a block, so its keys too, again in the backward pass."""
-    before, module = common.Layout([[2, 1]], kept={}), torch.nn.Identity()
+    before, module = common.Layout([[2, 1]]), torch.nn.Identity()
     after = common.Layout([[1, 1]], before)
     key, value = torch.ones(1, requires_grad=True), torch.zeros(1, requires_grad=True)
     before.keep(module, key, value)
