@@ -280,7 +280,8 @@ def self_check(policy: Policy, examples: Sequence[dict], run: Run) -> None:
     """Compare the log-probabilities of the longest sequence with the model's own forward pass.
 
     Sets run.packed: where packed rows are wrong for the architecture, rows stay apart. Raises
-    UserError where the output head is not what `_head_logps` takes it for.
+    UserError where the output head is not what `_head_logps` takes it for, and where on several
+    processes a pass over packed rows breaks off.
     """
     longest, other = max(examples, key=longest_sequence), examples[0]
     replies, short = longest["completions_ids"], [ids[:16] for ids in other["completions_ids"]]
