@@ -255,7 +255,7 @@ def load_policy(run: Run, value_head: bool = False) -> Policy:
     if run.world_size == 1:  # sharding would cost 40% of the speed for the same bits
         return policy.to(run.device)
     compute = torch.bfloat16 if run.bfloat16 else None
-    # Inputs are left alone, since autocast casts what needs it: else each block has its own Layout.
+    # Autocast casts what needs it; FSDP's cast would rebuild containers among a block's inputs.
     precision = MixedPrecisionPolicy(compute, run.dtype, cast_forward_inputs=False)
     # The root too, even after a pass without gradient: optimizer and checkpoints look at it.
     for module in (*blocks, policy):
