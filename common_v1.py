@@ -43,7 +43,7 @@ from archangel.rows import (
     read_rows,
     tokenise,
 )
-from archangel.run import MODELS, Run, find_model, load_tokenizer, read_column, write_column
+from archangel.run_v1 import MODELS, Run, find_model, load_tokenizer, read_column, write_column
 
 CHUNK = 2**27  # logits at once: 512 MiB of float32; with gradient, what needs more is made twice
 

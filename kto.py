@@ -1,82 +1,90 @@
-"""Kahneman-Tversky Optimization (KTO): the report's own loss, section 5, equation (7).
+"""Kahneman-Tversky Optimization (KTO): section 5 of the report, equation (7).
 
-A person judges one reply at a time, as desirable or not, against what they expected:
+Each completion y of a prompt x is labelled desirable or undesirable. No pairs are needed.
 
-    r(x, y)  = log pi(y|x) - log pi_ref(y|x)       the log-ratio, nats; a reward is beta times it
-    utility  = sigmoid(beta * (r(x, y) - kl))    if y is desirable                  (7)
-               sigmoid(beta * (kl - r(x, y)))    if y is undesirable
-    loss     = weight * (1 - utility), its mean over the global batch
+    log-ratio  r(x, y) = log pi(y|x) - log pi_ref(y|x)               in nats
+    utility    h(x, y) = sigmoid(beta * (r(x, y) - kl))              if y is desirable       (7)
+                         sigmoid(beta * (kl - r(x, y)))              if y is undesirable
+    loss               = weight * (1 - h(x, y)), averaged over the global batch
 
-`kl`, the reference point, stands for KL(pi || pi_ref), the mean of r over replies of the policy;
-it is measured, as in the report, on the replies of the data instead. By --kl other_half (the
-report's) each class is measured against the mean of r over the other class; mismatched (the later
-paper's) measures all against the mean of r over partners, prompts with replies to other prompts;
-zero does without. A negative mean counts as 0.
+The reference point kl stands for KL(pi || pi_ref), the mean log-ratio of completions sampled from
+the policy pi. Sampling is slow, so it is estimated with completions of the data set:
+
+    --kl other_half  (the report)      mean log-ratio of the examples with the other label
+    --kl mismatched  (the KTO paper)   mean log-ratio r(x, y'), where y' belongs to another prompt
+    --kl zero                          0, for comparison
 
 Deviations from the report:
- 1. The report prints the utility to be maximised; the loss is one minus it, to be minimised.
- 2. The reference point is clamped at 0: a KL divergence is never negative, its estimate can be.
- 3. The reference point is detached. With a gradient, desirable replies would also push the log-
-    probabilities of the undesirable down, and those the others' up: a contrast of two halves, not
-    each reply against a fixed expectation.
- 4. The two class weights and `--kl mismatched` are the later paper's (arXiv 2402.01306), which
-    pairs neighbours of a minibatch; here partners are drawn once for the whole data set.
- 5. The reference point is taken over the global batch: all processes, all micro-batches.
+ 1. Equation (7) is a utility, to be maximized. The loss is one minus it.
+ 2. The reference point is clamped at 0: a KL divergence is never negative, but its estimate can be.
+ 3. The reference point is a constant of the loss, like z_ref in equation (6): no gradient flows
+    through it. Otherwise each example would also train the examples of the other class, through
+    their mean.
+ 4. The reference point is estimated over the global batch: all processes and all micro-batches.
+ 5. The two class weights and --kl mismatched are from the KTO paper (arXiv 2402.01306). The paper
+    mismatches neighbors in a minibatch; here the pairing is drawn once for the whole data set.
+ 6. Where the data has more of one class, the other class repeats, so that every batch is balanced.
 
     python kto.py --model toy --data toy --lr 2e-4 --warmup_steps 10 --out runs/kto
     torchrun --nproc_per_node=8 kto.py --model pythia-1.4b
 """
 
+import itertools
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 import common
 
-FORMS = ("preference", "unpaired")  # the kinds of row that hold what this loss needs
+FORMATS = ("preference", "unpaired")  # the records that this loss can learn from
 
 
 @dataclass
 class Config:
-    """Every setting; the comments are what --help prints. (HALOs): as in the authors' code."""
+    """All settings; the comments are what --help prints.
+
+    (HALOs) marks the defaults of the authors' code, github.com/ContextualAI/HALOs, December 2023.
+    """
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
     data: str = "archangel"  # archangel (HH, SHP, OASST), toy, a .jsonl or a folder of train, test
     out: str = "runs/kto"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
-    batch_size: int = 32  # examples an optimizer step, over all processes (the report)
-    micro_batch_tokens: int = 8192  # most tokens a process runs at once; fewer need less memory
+    batch_size: int = 32  # examples per optimizer step, over all processes (the report)
+    micro_batch_tokens: int = 8192  # largest micro-batch; lower it to save memory
     lr: float = 5e-7  # learning rate after warm-up (HALOs)
-    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # RMSprop (HALOs) or the later paper's AdamW
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # RMSprop (HALOs) or AdamW (the KTO paper)
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
-    max_grad_norm: float = 10.0  # the gradient is scaled to at most this norm (HALOs)
-    max_length: int = 2048  # most tokens of a prompt and a completion together (HALOs)
-    max_prompt_length: int = 1024  # a too long prompt keeps at least so many tokens (HALOs)
-    truncate_prompt: Literal["start", "end"] = "start"  # which side of a too long prompt goes
-    seed: int = 1  # of the order of the data (HALOs)
-    eval_every: int = 0  # steps between held-out figures; 0: at start and end only
-    save_every: int = 500  # steps between checkpoints, with one at the end; 0: none
-    resume: bool = False  # go on from the last checkpoint in --out
+    max_grad_norm: float = 10.0  # the gradient is scaled down to this norm (HALOs)
+    max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
+    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens (HALOs)
+    truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
+    seed: int = 1  # determines the order of the data (HALOs)
+    eval_every: int = 0  # steps between evaluations; 0: only before and after training
+    save_every: int = 500  # steps between checkpoints, and one at the end; 0: only after a signal
+    resume: bool = False  # continue from the last checkpoint in --out
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on GPUs
-    activation_checkpointing: bool = False  # recompute each block in backward: slower, less memory
+    activation_checkpointing: bool = False  # recompute activations in backward: slower, less memory
     # KTO's own
     beta: float = 0.1  # a reward is beta times the log-ratio (HALOs)
-    desirable_weight: float = 1.0  # of the desirable examples' losses
-    undesirable_weight: float = 1.0  # of the undesirable examples' losses
-    kl: Literal["other_half", "mismatched", "zero"] = "other_half"  # the reference point, as above
+    desirable_weight: float = 1.0  # weight of the losses of desirable examples
+    undesirable_weight: float = 1.0  # weight of the losses of undesirable examples
+    kl: Literal["other_half", "mismatched", "zero"] = "other_half"  # the reference point, see above
 
     def __post_init__(self):
-        common.check_settings(self, above_zero=("beta", "desirable_weight", "undesirable_weight"))
+        common.check_settings(self, positive=("beta", "desirable_weight", "undesirable_weight"))
         if self.batch_size % 2:
-            raise common.UserError(f"--batch_size {self.batch_size}: must be even, half each class")
+            raise common.UserError(
+                f"--batch_size {self.batch_size}: must be even, half of it for each class"
+            )
 
 
-# ------------------------------------------------------------------------------------- the loss
+# --------------------------------------------------------------------------------------- the loss
 
 
 def kto_loss(
@@ -88,17 +96,18 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> torch.Tensor:
-    """KTO's loss for each example, equation (7): weight * (1 - utility).
+    """KTO's loss of each example, equation (7): weight * (1 - utility).
 
     Args:
-        policy_logps, reference_logps: (B,) log-probabilities of whole completions, nats, summed
+        policy_logps, reference_logps: (B,) log-probabilities of whole completions, in nats, summed
             over tokens.
         desirable: (B,) bool.
-        kl: the reference point in nats, a scalar or (B,); detached here, not clamped.
-        beta: above 0, a reward for a nat. Weights: above 0, of the losses of each class.
+        kl: the reference point in nats, a scalar or (B,). It is detached here, and not clamped.
+        beta: above 0; a reward is beta times the log-ratio.
+        desirable_weight, undesirable_weight: above 0, of the losses of each class.
     Returns:
-        (B,) losses between 0 and the weight: half of it where policy and reference agree and kl is
-        0. The gradient by a log-ratio r is at most weight * beta / 4, at r = kl.
+        (B,) losses between 0 and the weight; half the weight where the log-ratio equals kl. There
+        the gradient with respect to the log-ratio is largest in size: weight * beta / 4.
 
     >>> zero = torch.zeros(2)
     >>> kto_loss(zero, zero, torch.tensor([True, False]), 0.0)
@@ -106,239 +115,363 @@ def kto_loss(
     >>> kto_loss(zero + 10, zero, torch.tensor([True, False]), 0.0)  # 1 - sigmoid(+-1)
     tensor([0.2689, 0.7311])
     """
-    # At least float32: near -800 nats bfloat16 cannot tell 4 nats apart.
+    # In at least float32. Logps should be summed so, too: near -800, bfloat16 values are 4 apart.
     dtype = torch.promote_types(policy_logps.dtype, torch.float32)
     log_ratios = policy_logps.to(dtype) - reference_logps.to(dtype)  # (B,)
-    # Detached: the reference point is what an example is measured against, not a thing to train.
+    # Detached: the reference point is what an example is compared with, and is not trained.
     kl = torch.as_tensor(kl, dtype=dtype, device=log_ratios.device).detach()
-    gain = torch.where(desirable, log_ratios - kl, kl - log_ratios)
+    gain = torch.where(desirable, log_ratios - kl, kl - log_ratios)  # (B,)
     loss = torch.sigmoid(-beta * gain)  # (7): 1 - sigmoid(z) = sigmoid(-z)
     return torch.where(desirable, desirable_weight * loss, undesirable_weight * loss)
 
 
 def kl_from_other_half(log_ratios: torch.Tensor, desirable: torch.Tensor) -> torch.Tensor:
-    """The report's reference point (B,), section 5: the other class's mean log-ratio, at least 0.
+    """The report's reference point, section 5: the mean log-ratio of the other class, at least 0.
 
     Args:
-        log_ratios: (B,) policy minus reference, nats, of the whole global batch.
+        log_ratios: (B,) of the whole global batch, in nats.
         desirable: (B,) bool.
     Returns:
-        (B,), detached; 0 where the batch has no example of the other class.
+        (B,) for each example the reference point that it is measured against, detached. It is 0
+        where the batch has no example of the other class.
 
     >>> kl_from_other_half(torch.tensor([1.0, 3.0, -4.0]), torch.tensor([True, True, False]))
     tensor([0., 0., 2.])
     """
     log_ratios = log_ratios.detach().to(torch.promote_types(log_ratios.dtype, torch.float32))
-    others = log_ratios[~desirable], log_ratios[desirable]  # of a desirable, of an undesirable one
-    means = [r.mean().clamp(min=0) if len(r) else r.new_zeros(()) for r in others]
-    return torch.where(desirable, *means)
+    kl = torch.zeros_like(log_ratios)
+    if desirable.any() and not desirable.all():
+        kl[desirable] = log_ratios[~desirable].mean().clamp(min=0)
+        kl[~desirable] = log_ratios[desirable].mean().clamp(min=0)
+    return kl
 
 
 def kahneman_tversky_value(
     z: torch.Tensor, z_ref: torch.Tensor | float, alpha: float = 0.88, loss_aversion: float = 2.25
 ) -> torch.Tensor:
-    """Kahneman and Tversky's value of an outcome z against z_ref, equation (6), in money.
+    """Kahneman and Tversky's value of an outcome z against z_ref, equation (6).
 
-    (z - z_ref)^alpha in gains, -loss_aversion * (z_ref - z)^alpha in losses: concave in gains,
-    convex in losses, steeper in losses. (6) leaves z = z_ref undefined: here it is 0, with gradient
-    0 where the slope is infinite.
+    (z - z_ref)^alpha for gains, -loss_aversion * (z_ref - z)^alpha for losses: concave in gains,
+    convex in losses, steeper in losses. Equation (6) leaves z = z_ref undefined; here it is 0, with
+    gradient 0 where the slope is infinite. For Figure 4; training does not use it.
 
     >>> kahneman_tversky_value(torch.tensor([-1.0, 0.0, 1.0]), 0.0)
     tensor([-2.2500,  0.0000,  1.0000])
     """
     gain = torch.as_tensor(z) - z_ref
-    # Where the gain is 0 the power sees a 1, so that no infinite slope meets a zero factor.
+    # Where the gain is 0, take the power of 1 instead: avoids inf * 0 = nan in the backward pass.
     size = torch.where(gain == 0, 1.0, gain.abs()) ** alpha
     return torch.where(gain == 0, 0.0, torch.where(gain > 0, size, -loss_aversion * size))  # (6)
 
 
 def kto_value(z: torch.Tensor, z_ref: torch.Tensor | float) -> torch.Tensor:
-    """KTO's value of a reward z, section 5: sigmoid(z - z_ref); as steep in losses as in gains."""
+    """KTO's value of a reward z, section 5: sigmoid(z - z_ref), as steep in losses as in gains.
+
+    For Figure 4; training uses kto_loss.
+    """
     return torch.sigmoid(z - z_ref)
 
 
-# ------------------------------------------------------------ rows to examples, batches, losses
+# --------------------------------------------------------------------------- records to examples
 
 
-def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
-    """Rows to examples, one a completion: prompt_ids, completions_ids of one, desirable.
-
-    A pair makes two. With --kl mismatched an example also has a partner: its prompt with a
-    completion of another.
-    """
-    fields = ("chosen", "rejected", "completion")
-    texts = [(row["prompt"], [row[field] for field in fields if field in row]) for row in rows]
-    labels = [[row["label"]] if "label" in row else [True, False] for row in rows]
-    examples = [
-        {"prompt_ids": tokens["prompt_ids"], "completions_ids": [ids], "desirable": desirable}
-        for tokens, row_labels in zip(common.tokenise(texts, tokenizer, config), labels)
-        for ids, desirable in zip(tokens["completions_ids"], row_labels)
-    ]
+def make_examples(records: list[dict], tokenizer, config: Config) -> common.Examples:
+    """Records to examples of one completion each. A preference pair makes two examples."""
+    texts = []
+    labels = []
+    for record in records:
+        if "chosen" in record:
+            texts.append((record["prompt"], [record["chosen"], record["rejected"]]))
+            labels.append([True, False])
+        else:
+            texts.append((record["prompt"], [record["completion"]]))
+            labels.append([record["label"]])
+    examples = common.Examples()
+    for number, tokenized in enumerate(common.tokenize(texts, tokenizer, config)):
+        for completion_ids, desirable in zip(tokenized.completions_ids, labels[number]):
+            # The two examples of a pair hold the same prompt_ids, and have the same record number:
+            # the reference pass computes them together. In training they are independent.
+            example = common.Example(tokenized.prompt_ids, [completion_ids])
+            examples.append(
+                example,
+                record_number=number,
+                was_cut=tokenized.was_cut,
+                desirable=desirable,
+            )
     if config.kl == "mismatched":
-        common.add_partners(examples, config)
+        examples.mismatched = draw_mismatched(examples, config)
     return examples
 
 
-def with_partners(examples: list[dict]) -> list[dict]:
-    """The examples, each followed by its partner, if any: neighbours with one prompt."""
-    return [each for example in examples for each in (example, example.get("partner")) if each]
-
-
-def classes(examples: list[dict], config: Config) -> tuple[list[dict], list[dict]]:
-    """The examples of the larger and the smaller class. Raises UserError if there is only one."""
-    both = [[], []]  # undesirable, desirable
-    for example in examples:
-        both[example["desirable"]].append(example)
-    smaller, larger = sorted(both, key=len)
-    if not smaller:
+def draw_mismatched(examples: common.Examples, config: Config) -> common.Examples:
+    """Each example's prompt with a completion drawn from the examples of other prompts."""
+    if len(examples) > 0 and len(set(examples.prompt_number)) < 2:
         raise common.UserError(
-            f"--data {config.data}: every label is {larger[0]['desirable']}; this loss learns from "
-            "desirable and undesirable completions: add rows of the other kind, or use sft.py"
+            f"--data {config.data}: --kl mismatched needs two different prompts to train on; the "
+            "held-out records, if any, need two as well"
         )
-    return larger, smaller
+    mismatched = common.Examples()
+    rng = np.random.default_rng(config.seed)
+    for index in range(len(examples)):
+        other = rng.integers(len(examples))
+        while examples.prompt_number[other] == examples.prompt_number[index]:
+            other = rng.integers(len(examples))
+        prompt_ids = examples[index].prompt_ids
+        room = config.max_length - len(prompt_ids)
+        completion_ids = examples[other].completions_ids[0][:room]
+        mismatched.append(
+            common.Example(prompt_ids, [completion_ids]), examples.record_number[index]
+        )
+    return mismatched
 
 
-def steps_per_epoch(examples: list[dict], config: Config) -> int:
-    """Steps in one pass over the larger class, at half a batch a step."""
-    return math.ceil(len(classes(examples, config)[0]) / (config.batch_size // 2))
+def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
+    """The indices of the examples of every step: half of them desirable, half undesirable.
 
-
-def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
-    """The examples of a step, counted from 0: equally many of each class (section 5).
-
-    An epoch passes once over the larger class; the smaller one repeats, reshuffled each time.
+    Section 5 of the report found balanced batches to work best. An epoch is one pass over the
+    larger class. The smaller class repeats, in a new order each time.
     """
-    larger, smaller = classes(examples, config)
-    epoch, number = divmod(step, math.ceil(len(larger) / (config.batch_size // 2)))
-    start = epoch * len(larger) + number * (config.batch_size // 2)
-    stop = min(start + config.batch_size // 2, (epoch + 1) * len(larger))
-    return [larger[i] for i in common.endless(len(larger), (config.seed, 0), start, stop)] + [
-        smaller[i] for i in common.endless(len(smaller), (config.seed, 1), start, stop)
-    ]
+    desirable_indices = [i for i in range(len(examples)) if examples.desirable[i]]
+    undesirable_indices = [i for i in range(len(examples)) if not examples.desirable[i]]
+    if not desirable_indices or not undesirable_indices:
+        only_label = len(desirable_indices) > 0
+        raise common.UserError(
+            f"--data {config.data}: every label is {only_label}; this loss learns from desirable "
+            "and undesirable completions: add records of the other kind, or use sft.py"
+        )
+    larger = desirable_indices
+    smaller = undesirable_indices
+    if len(larger) < len(smaller):
+        larger = undesirable_indices
+        smaller = desirable_indices
+    half = config.batch_size // 2
+    steps_per_epoch = math.ceil(len(larger) / half)
+    num_steps = config.max_steps or config.epochs * steps_per_epoch
+    num_epochs = math.ceil(num_steps / steps_per_epoch)
+
+    # Both orders have the same length: the smaller class makes more passes.
+    length = num_epochs * len(larger)
+    larger_order = common.shuffled_passes(len(larger), length, seed=(config.seed, 0))
+    smaller_order = common.shuffled_passes(len(smaller), length, seed=(config.seed, 1))
+    schedule = []
+    for epoch in range(num_epochs):
+        epoch_end = (epoch + 1) * len(larger)
+        for start in range(epoch * len(larger), epoch_end, half):
+            stop = min(start + half, epoch_end)  # the last batch of an epoch may be smaller
+            batch = [larger[place] for place in larger_order[start:stop]]
+            batch += [smaller[place] for place in smaller_order[start:stop]]
+            schedule.append(batch)
+    return schedule[:num_steps]
+
+
+# ----------------------------------------------------------------------------------- the training
+
+
+def labels_of(examples: common.Examples, batch: list[int], run: common.Run) -> torch.Tensor:
+    """Whether each example of a global batch is desirable, (B,) bool."""
+    return torch.tensor([examples.desirable[index] for index in batch], device=run.device)
 
 
 @torch.no_grad()
-def detached_log_ratios(policy, micro: common.Batch) -> torch.Tensor:
-    """Log-ratios (b,) of a micro-batch's completions, nats, by a pass without gradient."""
-    return micro.sum(policy(micro) - micro.reference_logps)
+def measure_log_ratios(
+    policy, examples: common.Examples, batch: list[int], run: common.Run
+) -> torch.Tensor:
+    """The log-ratios (B,) of a global batch, by a forward pass without gradient."""
+    micro_batches = common.make_micro_batches(examples, batch, run)
+    log_ratios = []
+    for micro_batch in micro_batches:
+        policy_logps = micro_batch.sum_completions(policy(micro_batch))  # (b,)
+        reference_logps = micro_batch.sum_completions(micro_batch.reference_logps)  # (b,)
+        log_ratios.append(policy_logps - reference_logps)
+    return common.gather_batch(log_ratios, micro_batches, len(batch))
 
 
-def reference_point(parts, desirable, config: Config, run: common.Run) -> torch.Tensor:
-    """The reference point (B,) of the global batch: --kl other_half's or mismatched's.
+def estimate_kl(
+    policy,
+    examples: common.Examples,
+    batch: list[int],
+    config: Config,
+    run: common.Run,
+    log_ratios: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The reference point (B,) for each example of a global batch.
 
-    parts: [(indices (b,), {"r": log-ratios (b,)}), ...] of this process's examples, or partners.
-    Every process calls it, with its own.
+    log_ratios: (B,) of the batch, if they are known already. If not, and --kl other_half needs
+    them, they are measured here.
     """
-    r = common.gather(parts, len(desirable), run)["r"]  # (B,)
+    if config.kl == "zero":
+        return torch.zeros(len(batch), dtype=run.dtype, device=run.device)
     if config.kl == "mismatched":
-        return r.mean().clamp(min=0).expand_as(r)
-    return kl_from_other_half(r, desirable)
+        mismatched_log_ratios = measure_log_ratios(policy, examples.mismatched, batch, run)
+        return mismatched_log_ratios.mean().clamp(min=0).expand(len(batch))
+    if log_ratios is None:
+        log_ratios = measure_log_ratios(policy, examples, batch, run)
+    return kl_from_other_half(log_ratios, labels_of(examples, batch, run))
 
 
-def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Run) -> Iterator:
-    """Yield, for each micro-batch of this process, (loss, indices (b,), {figure: (b,)}).
+def summarize(
+    losses: torch.Tensor,
+    log_ratios: torch.Tensor,
+    kl: torch.Tensor,
+    desirable: torch.Tensor,
+    config: Config,
+) -> dict[str, float]:
+    """The metrics of a global batch, from (B,) values of its examples.
 
-    batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.
+    log_ratio_desirable and log_ratio_undesirable are the means that --kl other_half clamps at 0.
     """
-    desirable = torch.tensor([example["desirable"] for example in batch], device=run.device)  # (B,)
-    mismatched, partners = config.kl == "mismatched", [e.get("partner") for e in batch]
-    first, *others = common.micro_batches(batch, run)
-    settings = config.beta, config.desirable_weight, config.undesirable_weight
-    kl = torch.zeros(len(batch), device=run.device)  # (B,) the reference point of each example
-    # The first loss needs it. So what it is measured on, examples or partners, goes through the
-    # policy here, ahead and without gradient: but for the first micro-batch, whose own forward pass
-    # below is in time, and leaves the prompts' keys and values for its partners.
-    parts, ahead = [], others if config.kl != "zero" else []
-    for micro in ahead:
-        i = micro.indices
-        measured = common.micro_batch(partners, i.tolist(), run) if mismatched else micro
-        parts.append((i, {"r": detached_log_ratios(policy, measured)}))
-    if mismatched:
-        its_partners = common.micro_batch(partners, first.indices.tolist(), run, after=first)
-    for micro in (first, *others):
-        i = micro.indices
-        policy_logps = micro.sum(policy(micro))  # (b,)
-        reference_logps = micro.sum(micro.reference_logps)  # (b,)
-        r = (policy_logps - reference_logps).detach()
-        if micro is first and config.kl != "zero":
-            measured = detached_log_ratios(policy, its_partners) if mismatched else r
-            kl = reference_point([(i, {"r": measured}), *parts], desirable, config, run)
-        losses = kto_loss(policy_logps, reference_logps, desirable[i], kl[i], *settings)  # (b,)
-        figures = {"loss": losses, "reward": config.beta * r, "kl": kl[i]}
-        yield losses.sum() / len(batch), i, figures
-
-
-def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, float]:
-    """What metrics.jsonl says of a global batch's figures, (B,) each; kl is in nats."""
-    desirable = torch.tensor([example["desirable"] for example in batch])
-    reward = figures["reward"].cpu()
-    wanted, unwanted = reward[desirable].mean().item(), reward[~desirable].mean().item()
+    log_ratio_desirable = log_ratios[desirable].mean().item()
+    log_ratio_undesirable = log_ratios[~desirable].mean().item()
     return {
-        "loss": figures["loss"].mean().item(),
-        "reward_margin": wanted - unwanted,
-        "reward_desirable": wanted,
-        "reward_undesirable": unwanted,
-        "kl": figures["kl"].mean().item(),
+        "loss": losses.mean().item(),
+        "reward_margin": config.beta * (log_ratio_desirable - log_ratio_undesirable),
+        "reward_desirable": config.beta * log_ratio_desirable,
+        "reward_undesirable": config.beta * log_ratio_undesirable,
+        "kl": kl.mean().item(),
+        "log_ratio_desirable": log_ratio_desirable,
+        "log_ratio_undesirable": log_ratio_undesirable,
     }
 
 
-# ------------------------------------------------------------------------------------ the loop
+def evaluate(
+    policy, examples: common.Examples, config: Config, run: common.Run
+) -> dict[str, float]:
+    """The metrics on held-out examples, a batch of consecutive ones at a time.
 
-
-@torch.no_grad()
-def evaluate(policy, examples: list[dict], config: Config, run: common.Run) -> dict[str, float]:
-    """The same figures on held-out examples, a batch of consecutive ones at a time."""
-    parts = []
-    for first in range(0, len(examples), config.batch_size):
-        batch = examples[first : first + config.batch_size]
-        for _, indices, figures in micro_batch_losses(policy, batch, config, run):
-            parts.append((indices + first, figures))
-    if not parts:
+    policy: None stands for the reference model. Its log-ratios are 0, so nothing is computed.
+    """
+    losses = []
+    log_ratios = []
+    kls = []
+    for start in range(0, len(examples), config.batch_size):
+        batch = list(range(start, min(start + config.batch_size, len(examples))))
+        batch_log_ratios = torch.zeros(len(batch), dtype=run.dtype, device=run.device)
+        kl = torch.zeros_like(batch_log_ratios)
+        if policy is not None:
+            batch_log_ratios = measure_log_ratios(policy, examples, batch, run)
+            kl = estimate_kl(policy, examples, batch, config, run, batch_log_ratios)
+        batch_losses = kto_loss(
+            batch_log_ratios,  # of policy_logps and reference_logps, only the difference matters
+            torch.zeros_like(batch_log_ratios),
+            labels_of(examples, batch, run),
+            kl,
+            config.beta,
+            config.desirable_weight,
+            config.undesirable_weight,
+        )
+        losses.append(batch_losses)
+        log_ratios.append(batch_log_ratios)
+        kls.append(kl)
+    if not losses:
         return {}
-    figures = summarise(common.gather(parts, len(examples), run), examples)
-    return {f"eval_{name}": value for name, value in figures.items()}
+    log_ratios = torch.cat(log_ratios)  # of all held-out examples
+    desirable = labels_of(examples, list(range(len(examples))), run)
+    metrics = summarize(torch.cat(losses), log_ratios, torch.cat(kls), desirable, config)
+    metrics.update(pair_accuracy(log_ratios, examples))
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def pair_accuracy(log_ratios: torch.Tensor, examples: common.Examples) -> dict[str, float]:
+    """The share of pairs whose desirable completion has the higher reward; {} without pairs.
+
+    log_ratios: (n,) of all examples. A tie counts as one half.
+    """
+    by_record = {}  # record number -> label -> log-ratio
+    for index, log_ratio in enumerate(log_ratios.tolist()):
+        by_label = by_record.setdefault(examples.record_number[index], {})
+        by_label[examples.desirable[index]] = log_ratio
+    scores = []
+    for by_label in by_record.values():
+        if len(by_label) == 2:
+            margin = by_label[True] - by_label[False]
+            scores.append(0.5 if margin == 0 else float(margin > 0))
+    if not scores:
+        return {}
+    return {"reward_accuracy": sum(scores) / len(scores)}
 
 
 def train(config: Config) -> None:
     """Train --model on --data into --out."""
-    run = common.Run(config)
-    rows, held_out = common.read_data(config.data, FORMS)
-    train_set = make_examples(rows, run.tokenizer, config)
-    test_set = make_examples(held_out, run.tokenizer, config)
-    steps = config.max_steps or config.epochs * steps_per_epoch(train_set, config)
-    if not run.start(train_set, test_set, steps):
+    run = common.start_run(config)
+    records, test_records = common.load_records(config.data, FORMATS)
+    train_set = make_examples(records, run.tokenizer, config)
+    test_set = make_examples(test_records, run.tokenizer, config)
+    schedule = make_schedule(train_set, config)  # the example indices of every step
+    run.check_data(len(records), train_set, test_set, schedule)
+    if run.is_finished():
         return
+
     policy = common.load_policy(run)
-    common.self_check(policy, with_partners(train_set + test_set), run)
-    for examples in (with_partners(train_set), with_partners(test_set)):
-        common.add_reference_logps(policy, examples, run)
+    common.check_model_and_choose_layout(policy, [train_set, test_set], run)
+    run.claim_folder()  # nothing is written to --out before this line
+    used = sorted(set(itertools.chain(*schedule)))
+    common.add_reference_logps(policy, train_set, used, "train", run)
+    common.add_reference_logps(policy, test_set, range(len(test_set)), "test", run)
     optimizer = common.make_optimizer(policy, config)
-    done = run.resume(policy, optimizer)
-    if done == 0:
-        run.log(0, evaluate(policy, test_set, config, run))
-    for step in range(done + 1, steps + 1):
-        started = time.perf_counter()
-        batch = global_batch(train_set, config, step - 1)
-        parts = []
-        for loss, indices, figures in micro_batch_losses(policy, batch, config, run):
-            # The global batch's loss is a sum over processes, but FSDP averages their gradients.
-            (loss * run.world_size).backward()
-            parts.append((indices, figures))
-        figures = common.gather(parts, len(batch), run)
-        grad_norm = common.clip_gradient(policy, batch, figures, run, step)
+
+    # Until here the policy is the reference model, also when a run is resumed.
+    steps_done = run.load_checkpoint(policy, optimizer)
+    if steps_done == 0:
+        run.log(0, evaluate(None, test_set, config, run))
+    run.save_on_signals()
+    for step in range(steps_done + 1, len(schedule) + 1):
+        start_time = time.perf_counter()
+        batch = schedule[step - 1]  # the global batch, B examples
+        desirable = labels_of(train_set, batch, run)  # (B,)
+        micro_batches = common.make_micro_batches(train_set, batch, run)
+
+        # The loss of the first micro-batch already needs the reference point of the whole global
+        # batch. So it is estimated before, by an extra forward pass without gradient. With --kl
+        # other_half and a single micro-batch (the same number on every process) that pass is
+        # skipped: the training pass below has all log-ratios before it computes the loss.
+        skip_extra_pass = config.kl == "other_half" and len(micro_batches) == 1
+        if not skip_extra_pass:
+            kl = estimate_kl(policy, train_set, batch, config, run)  # (B,)
+
+        losses = []
+        log_ratios = []
+        for micro_batch in micro_batches:
+            policy_logps = micro_batch.sum_completions(policy(micro_batch))  # (b,)
+            reference_logps = micro_batch.sum_completions(micro_batch.reference_logps)  # (b,)
+            log_ratios.append((policy_logps - reference_logps).detach())
+            if skip_extra_pass:
+                all_log_ratios = common.gather_batch(log_ratios, micro_batches, len(batch))
+                kl = kl_from_other_half(all_log_ratios, desirable)
+            micro_losses = kto_loss(
+                policy_logps,
+                reference_logps,
+                desirable[micro_batch.places],
+                kl[micro_batch.places],
+                config.beta,
+                config.desirable_weight,
+                config.undesirable_weight,
+            )  # (b,)
+            # The gradient of the mean over the global batch is a sum over micro-batches and
+            # processes. FSDP takes the mean over processes, hence world_size.
+            (micro_losses.sum() / len(batch) * run.world_size).backward()
+            losses.append(micro_losses.detach())
+
+        losses = common.gather_batch(losses, micro_batches, len(batch))  # (B,)
+        log_ratios = common.gather_batch(log_ratios, micro_batches, len(batch))  # (B,)
+        grad_norm = common.clip_gradient(policy, losses, batch, step, config)
         lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        record = summarise(figures, batch) | {"lr": lr, "grad_norm": grad_norm}
-        record |= run.speed(batch, started)
-        if step == steps or config.eval_every and step % config.eval_every == 0:
-            record |= evaluate(policy, test_set, config, run)
-        run.log(step, record)
+
+        metrics = summarize(losses, log_ratios, kl, desirable, config)
+        metrics["lr"] = lr
+        metrics["grad_norm"] = grad_norm
+        num_completion_tokens = train_set.num_completion_tokens(batch)
+        metrics.update(run.speed_metrics(num_completion_tokens, start_time))
+        if step == 1:
+            common.check_first_step(log_ratios, num_completion_tokens, run)
+        if step == len(schedule) or (config.eval_every and step % config.eval_every == 0):
+            metrics.update(evaluate(policy, test_set, config, run))
+        run.log(step, metrics)
         run.save_if_due(step, policy, optimizer)
     run.export(policy)
 
 
 if __name__ == "__main__":
-    with common.exit_status():
-        train(common.parse(Config, __doc__))
+    common.run_script(train, Config, __doc__)

@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 
-import common
+import common_v1 as common
 
 FORMS = ("preference", "unpaired", "supervised")  # the kinds of row that hold what this loss needs
 

@@ -14,15 +14,9 @@ from collections.abc import Iterable, Iterator
 import torch.distributed as dist
 from tqdm import tqdm
 
+from archangel.errors import Interrupted, UserError
+
 T = typing.TypeVar("T")
-
-
-class UserError(ValueError):
-    """What the user gave is wrong: one line that names the place and the mend (exit status 2)."""
-
-
-class Interrupted(Exception):
-    """A signal came, and everything is saved (exit status 75)."""
 
 
 def check_settings(config, above_zero: tuple[str, ...] = ()) -> None:

@@ -42,7 +42,8 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from common import UserError, exit_status
+from archangel.command import exit_status
+from archangel.errors import UserError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 NOT_SHARED = "no shared opening up to the last Assistant turn"

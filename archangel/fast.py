@@ -129,8 +129,8 @@ def packed_flex_attention(
     return flex_attention_forward(module, query, key, value, attention_mask, **others)
 
 
-AttentionInterface.register("packed", packed_attention)
-AttentionInterface.register("packed_flex", packed_flex_attention)
+AttentionInterface.register("packed_v1", packed_attention)
+AttentionInterface.register("packed_flex_v1", packed_flex_attention)
 
 
 def row_length(tokens: int, device: torch.device | str) -> int:
@@ -145,7 +145,7 @@ def row_length(tokens: int, device: torch.device | str) -> int:
 
 def use_packed(model: PreTrainedModel, device: torch.device) -> None:
     """Let the model attend to packed rows. Raises ValueError where it takes no such attention."""
-    name = "packed" if device.type == "cpu" else "packed_flex"
+    name = "packed_v1" if device.type == "cpu" else "packed_flex_v1"
     model.set_attn_implementation(name)  # which may say no in the log alone
     if model.config._attn_implementation != name:
         raise ValueError("it takes no attention but its own")
@@ -157,7 +157,7 @@ def packed_arguments(model: PreTrainedModel, layout: Layout, input_ids: Tensor) 
     position_ids (1, T), which in a completion go on from the end of its prompt; the layout; on a
     GPU, the block mask. Raises ValueError where the model does not attend to packed rows.
     """
-    if model.config._attn_implementation not in ("packed", "packed_flex"):
+    if model.config._attn_implementation not in ("packed_v1", "packed_flex_v1"):
         raise ValueError(
             "a packed batch is for a model that was told so: use_packed(model, device)"
         )
@@ -171,7 +171,7 @@ def packed_arguments(model: PreTrainedModel, layout: Layout, input_ids: Tensor) 
             positions[start:end] = np.arange(length) + offset + (group[0] if part else 0)
             groups[start:end], parts[start:end] = number, part
     found = {"position_ids": torch.from_numpy(positions).to(device)[None], "layout": layout}
-    if model.config._attn_implementation == "packed_flex":
+    if model.config._attn_implementation == "packed_flex_v1":
         before = np.empty(0)
         if layout.before:
             key, _ = next(iter(layout.before.kept.values()))  # as long in all layers

@@ -32,7 +32,7 @@ from huggingface_hub import AsyncInferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from tqdm import tqdm
 
-import common
+import common_v1 as common
 from archangel import statistics, toy
 
 KEY = "JUDGE_API_KEY"  # the environment variable

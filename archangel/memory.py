@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
 
-import common
+import common_v1 as common
 
 SHAPES = {  # layers, width, heads, width within a block, vocabulary; as on the hub
     "pythia-1.4b": (24, 2048, 16, 8192, 50304),

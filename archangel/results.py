@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-import common
+import common_v1 as common
 from archangel import claims, figures, judge, statistics
 from archangel.claims import Table, name_of
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-import common
+import common_v1 as common
 from archangel import toy
 
 WIDTH = 100  # columns of the terminal

@@ -36,7 +36,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-import common
+import common_v1 as common
 from archangel import judge, results, toy
 
 ROOT = Path(common.__file__).parent

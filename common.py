@@ -1,0 +1,906 @@
+"""What the five trainers share: everything that a training step needs except the loss and the loop.
+
+In the order of this file:
+
+    start_run                           processes and device
+    Example, Examples                   token ids, and columns that describe them
+    make_micro_batches, gather_batch    a global batch to micro-batches, and back to (B,) results
+    completion_logps                    micro-batch to log-probability of every completion token
+    load_policy                         the language model, sharded with FSDP over the processes
+    check_model_and_choose_layout       whether these are the model's own log-probabilities
+    add_reference_logps                 log pi_ref, computed once before training
+    make_optimizer, clip_gradient       the rest of a step
+
+Files and folders (archangel/run.py), data formats (archangel/records.py) and a faster arrangement
+of a micro-batch (archangel/packed.py) are not needed to understand a step.
+
+Shapes: a micro-batch holds b of the B examples of a global batch. These have C completions (for KTO
+C = b; for DPO C = 2b, chosen and rejected in turn), with N completion tokens in all, prompts not
+counted. The model sees R sequences of T tokens, prompts and padding included. H is the hidden size,
+V the vocabulary size. Log-probabilities ("logps") are in nats. Weights are in run.dtype, float32 or
+float64; with run.bfloat16, matrix products are in bfloat16 (autocast).
+"""
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp_state
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from archangel import packed
+
+# These are for the scripts, which import nothing else of the project.
+from archangel.errors import UserError as UserError
+from archangel.records import load_records as load_records
+from archangel.records import tokenize as tokenize
+from archangel.run import Run as Run
+from archangel.run import check_settings as check_settings
+from archangel.run import run_script as run_script
+
+# Logits (tokens x vocabulary) that are in memory at once: 512 MiB in float32.
+MAX_LOGITS = 2**27
+
+
+# ---------------------------------------------------------------------------------- the processes
+
+
+def start_run(config) -> Run:
+    """Join the processes that torchrun started, or be the only one. Returns this process's Run.
+
+    Raises UserError if --model or --out cannot be used.
+    """
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if dist.is_initialized():  # by an earlier run of this process, such as in a notebook
+        pass
+    elif "RANK" in os.environ:  # started by torchrun
+        dist.init_process_group(backend)
+    else:  # a group of one process, so that the collectives below need no special case
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    run = Run(config, device)
+    run.layout = PaddedLayout()
+    return run
+
+
+# ----------------------------------------------------------------------------------- the examples
+
+
+@dataclass
+class Example:
+    """A prompt and its completions as token ids: lists, arrays or tensors."""
+
+    prompt_ids: Sequence[int]  # at least one
+    completions_ids: list[Sequence[int]]  # of one completion, or of chosen and rejected
+
+
+# What a process without examples computes: one token, and nothing to predict. The process must take
+# part, because FSDP communicates in every forward and backward pass.
+EMPTY_EXAMPLE = Example(prompt_ids=[0], completions_ids=[])
+
+
+class Examples(Sequence):
+    """A sequence of examples, with columns that describe them without their tokens.
+
+    Columns, with one value for each example:
+        length: tokens of the prompt and the longest completion.
+        num_tokens: tokens of the prompt and all completions.
+        prompt_number: equal for equal prompts.
+        record_number: which record of the data the example was made from. Examples of one record
+            have the same prompt.
+        was_cut: whether tokens were cut off, to keep within --max_length.
+        desirable: the label, for losses on labelled completions; else None.
+    """
+
+    def __init__(self):
+        self._examples: list[Example] = []
+        self._prompt_numbers: dict[bytes, int] = {}
+        self.length: list[int] = []
+        self.num_tokens: list[int] = []
+        self.prompt_number: list[int] = []
+        self.record_number: list[int] = []
+        self.was_cut: list[bool] = []
+        self.desirable: list[bool | None] = []
+        # The reference model's log-probabilities of all completion tokens, one example after the
+        # other; those of example i are reference_logps[offsets[i] : offsets[i + 1]].
+        self.offsets: list[int] = [0]
+        self.reference_logps: np.ndarray | None = None
+        # For KTO's --kl mismatched: example i is the prompt of example i here, with the completion
+        # of an example of another prompt.
+        self.mismatched: Examples | None = None
+
+    def append(
+        self,
+        example: Example,
+        record_number: int | None = None,
+        was_cut: bool = False,
+        desirable: bool | None = None,
+    ) -> None:
+        """Add an example. Without a record_number, it is made from a record of its own."""
+        if record_number is None:
+            record_number = len(self)
+        lengths = [len(ids) for ids in example.completions_ids]
+        prompt = np.asarray(example.prompt_ids, dtype=np.int32).tobytes()
+        self.length.append(len(example.prompt_ids) + max(lengths))
+        self.num_tokens.append(len(example.prompt_ids) + sum(lengths))
+        self.prompt_number.append(
+            self._prompt_numbers.setdefault(prompt, len(self._prompt_numbers))
+        )
+        self.record_number.append(record_number)
+        self.was_cut.append(was_cut)
+        self.desirable.append(desirable)
+        self.offsets.append(self.offsets[-1] + sum(lengths))
+        self._examples.append(example)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[index]
+
+    def num_completion_tokens(self, indices: Sequence[int]) -> int:
+        """Completion tokens of the examples with these indices."""
+        return sum(self.offsets[index + 1] - self.offsets[index] for index in indices)
+
+    def get_reference_logps(self, index: int) -> np.ndarray:
+        """log pi_ref of the completion tokens of an example, (n,)."""
+        return self.reference_logps[self.offsets[index] : self.offsets[index + 1]]
+
+    def set_reference_logps(self, index: int, values: np.ndarray) -> None:
+        """Set them, (n,)."""
+        self.reference_logps[self.offsets[index] : self.offsets[index + 1]] = values
+
+    def with_mismatched(self) -> "list[Examples]":
+        """These examples, and the mismatched ones if there are any."""
+        if self.mismatched is None:
+            return [self]
+        return [self, self.mismatched]
+
+
+def shuffled_passes(num_items: int, length: int, seed: tuple[int, ...]) -> list[int]:
+    """The first `length` numbers of repeated passes over range(num_items), each pass reshuffled."""
+    order = []
+    pass_number = 0
+    while len(order) < length:
+        rng = np.random.default_rng((*seed, pass_number))
+        order.extend(rng.permutation(num_items).tolist())
+        pass_number += 1
+    return order[:length]
+
+
+# --------------------------------------------------------------- a global batch in micro-batches
+
+
+@dataclass
+class MicroBatch:
+    """Some examples of a global batch, arranged for the model."""
+
+    places: Tensor  # (b,) places of these examples in the global batch, 0 to B - 1
+    inputs: dict[str, Any]  # keyword arguments of the model, such as input_ids (R, T)
+    predictors: Tensor  # (N,) positions in the flattened (R * T) that predict the targets
+    targets: Tensor  # (N,) completion tokens, one completion after the other
+    completion_mask: Tensor  # (C, longest) bool, the places of pad_completions that hold a token
+    reference_logps: Tensor | None  # (N,) log pi_ref of the targets; None if not computed
+
+    def pad_completions(self, values: Tensor) -> Tensor:
+        """Values (N,) of the targets as (C, longest), with 0 after the end of each completion."""
+        padded = values.new_zeros(self.completion_mask.shape)
+        return padded.masked_scatter(self.completion_mask, values)
+
+    def sum_completions(self, values: Tensor) -> Tensor:
+        """The sum (C,) over each completion of values (N,) of its tokens."""
+        return self.pad_completions(values).sum(dim=1)
+
+
+class Layout(Protocol):
+    """How examples are arranged as a micro-batch: PaddedLayout here, or archangel/packed.py's."""
+
+    def num_tokens(self, examples: Sequence[Example]) -> int:
+        """Tokens of a micro-batch with these examples, padding included."""
+
+    def collate(
+        self, examples: Sequence[Example], device: torch.device | str
+    ) -> tuple[dict[str, Any], Tensor]:
+        """Arrange examples; returns the `inputs` and `predictors` of a MicroBatch."""
+
+
+class PaddedLayout:
+    """The plain layout: one sequence for each completion, after its prompt, padded at its end."""
+
+    def num_tokens(self, examples: Sequence[Example]) -> int:
+        """Tokens of a micro-batch with these examples, padding included."""
+        num_sequences = 0
+        longest = 0
+        for example in examples:
+            for completion_ids in example.completions_ids:
+                num_sequences += 1
+                longest = max(longest, len(example.prompt_ids) + len(completion_ids))
+        return num_sequences * longest
+
+    def collate(
+        self, examples: Sequence[Example], device: torch.device | str
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Arrange examples as R sequences, padded to the length T of the longest.
+
+        Returns:
+            inputs: keyword arguments of the model, {"input_ids": (R, T)}. Padding comes last,
+                where no earlier token attends to it, so no attention mask is needed.
+            predictors: (N,) positions in the flattened (R * T) whose hidden states predict the
+                completion tokens: each is one place before the token that it predicts.
+        """
+        sequences = []
+        is_completion = []
+        for example in examples:
+            prompt_ids = torch.as_tensor(example.prompt_ids, dtype=torch.long)
+            for completion_ids in example.completions_ids or [[]]:  # [[]]: of EMPTY_EXAMPLE
+                completion_ids = torch.as_tensor(completion_ids, dtype=torch.long)
+                sequences.append(torch.cat([prompt_ids, completion_ids]))
+                in_prompt = torch.zeros(len(prompt_ids), dtype=torch.bool)
+                in_completion = torch.ones(len(completion_ids), dtype=torch.bool)
+                is_completion.append(torch.cat([in_prompt, in_completion]))
+        input_ids = pad_sequence(sequences, batch_first=True)  # (R, T)
+        is_completion = pad_sequence(is_completion, batch_first=True)  # (R, T)
+        # The hidden state at t predicts token t + 1. A prompt has at least one token, so the place
+        # before a completion token is never in another sequence.
+        predictors = is_completion.flatten().nonzero().squeeze(1) - 1  # (N,)
+        return {"input_ids": input_ids.to(device)}, predictors
+
+
+def make_batch(
+    examples: Sequence[Example | Mapping], device: torch.device | str = "cpu"
+) -> MicroBatch:
+    """All examples as one padded micro-batch, for a model on this device.
+
+    examples: Example objects, or mappings with the same two fields. For use outside of training;
+    see `completion_logps`.
+    """
+    plain_examples = []
+    for example in examples:
+        if isinstance(example, Mapping):
+            example = Example(example["prompt_ids"], example["completions_ids"])
+        plain_examples.append(example)
+    return make_micro_batch(plain_examples, range(len(examples)), PaddedLayout(), device)
+
+
+def make_micro_batch(
+    examples: Sequence[Example],
+    places: Sequence[int],
+    layout: Layout,
+    device: torch.device | str,
+    reference_logps: Tensor | None = None,
+) -> MicroBatch:
+    """Arrange examples as a micro-batch.
+
+    places: where they are in the global batch. reference_logps: (N,) of their completion tokens.
+    """
+    inputs, predictors = layout.collate(examples or [EMPTY_EXAMPLE], device)
+    targets = [torch.empty(0, dtype=torch.long)]  # torch.cat needs one tensor at least
+    lengths = []
+    for example in examples:
+        for completion_ids in example.completions_ids:
+            targets.append(torch.as_tensor(completion_ids, dtype=torch.long))
+            lengths.append(len(completion_ids))
+    longest = max(lengths, default=0)
+    lengths = torch.tensor(lengths, dtype=torch.long)  # (C,)
+    completion_mask = torch.arange(longest) < lengths[:, None]  # (C, longest)
+    return MicroBatch(
+        places=torch.tensor(list(places), dtype=torch.long, device=device),
+        inputs=inputs,
+        predictors=predictors.to(device),
+        targets=torch.cat(targets).to(device),
+        completion_mask=completion_mask.to(device),
+        reference_logps=None if reference_logps is None else reference_logps.to(device),
+    )
+
+
+def make_micro_batches(examples: Examples, batch: Sequence[int], run: Run) -> list[MicroBatch]:
+    """This process's share of a global batch, in micro-batches.
+
+    batch: the indices of its examples. A micro-batch has at most --micro_batch_tokens tokens, or a
+    single example. Every process gets the same number of micro-batches, because FSDP communicates
+    in each of them; some may have no examples.
+    """
+    shares = divide(
+        [examples[index] for index in batch],
+        run.layout,
+        run.config.micro_batch_tokens,
+        run.world_size,
+    )
+    micro_batches = []
+    for share in shares:
+        places = share[run.rank]
+        chosen = [examples[batch[place]] for place in places]
+        reference_logps = None
+        if examples.reference_logps is not None:
+            parts = [torch.from_numpy(examples.reference_logps[:0])]  # of no example
+            for place in places:
+                parts.append(torch.from_numpy(examples.get_reference_logps(batch[place])))
+            reference_logps = torch.cat(parts)
+        micro_batches.append(
+            make_micro_batch(chosen, places, run.layout, run.device, reference_logps)
+        )
+    return micro_batches
+
+
+def divide(
+    examples: Sequence[Example], layout: Layout, max_tokens: int, num_processes: int
+) -> list[list[list[int]]]:
+    """Divide examples among processes and micro-batches.
+
+    The examples are sorted by size and dealt out in rounds, one to each process, so that all
+    processes have about as much work. A new micro-batch begins, for all of them, when one of them
+    would exceed max_tokens. An example that alone exceeds it has a micro-batch of its own.
+
+    Returns:
+        places[m][r]: the places in `examples` of what process r computes in its micro-batch m.
+    """
+    sizes = [layout.num_tokens([example]) for example in examples]
+    order = sorted(range(len(examples)), key=lambda place: sizes[place], reverse=True)
+    places = [[[] for _ in range(num_processes)]]
+    for start in range(0, len(order), num_processes):
+        dealt = order[start : start + num_processes]  # in the last round, some may get nothing
+        fits = True
+        for share, place in zip(places[-1], dealt):
+            candidate = [examples[other] for other in share] + [examples[place]]
+            if share and layout.num_tokens(candidate) > max_tokens:
+                fits = False
+        if not fits:
+            places.append([[] for _ in range(num_processes)])
+        for share, place in zip(places[-1], dealt):
+            share.append(place)
+    return places
+
+
+def gather_batch(
+    values: Sequence[Tensor], micro_batches: Sequence[MicroBatch], num_examples: int
+) -> Tensor:
+    """The values of all examples of a global batch, on every process, without gradient.
+
+    A collective: all processes call it, each with the results of its own micro-batches.
+
+    Args:
+        values: (b, ...) of each micro-batch.
+        num_examples: B.
+    Returns:
+        (B, ...), in the order of the global batch.
+    """
+    places = torch.cat([micro_batch.places for micro_batch in micro_batches])
+    values = torch.cat([part.detach() for part in values])
+    result = values.new_zeros(num_examples, *values.shape[1:])
+    result[places] = values
+    dist.all_reduce(result)  # each place is set by one process and 0 in the others
+    return result
+
+
+# ------------------------------------------------------------------------------ log-probabilities
+
+
+def completion_logps(
+    model: nn.Module, micro_batch: MicroBatch, return_hidden: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability (N,) of every completion token, in nats, in at least float32.
+
+    model: a causal language model of transformers. With return_hidden, also the hidden states
+    (N, H) that predict these tokens. To compare it with a plain forward pass:
+
+        prompt, completion = [5, 6, 7], [8, 9]
+        micro_batch = make_batch([Example(prompt, [completion])])
+        ours = completion_logps(model, micro_batch)
+        logits = model(torch.tensor([prompt + completion])).logits[0, 2:4]
+        plain = logits.log_softmax(-1)[[0, 1], completion]  # equal up to rounding
+
+    The output head needs the most memory, for (N, V) logits. So it sees only hidden states that
+    predict completion tokens, a chunk at a time; the backward pass computes each chunk again.
+    """
+    outputs = model.base_model(**micro_batch.inputs, use_cache=False)
+    hidden = outputs.last_hidden_state.flatten(0, 1)[micro_batch.predictors]  # (N, H)
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    with_gradient = torch.is_grad_enabled()
+    # In a forward pass without gradient, smaller chunks cost no recomputation and save memory.
+    max_logits = MAX_LOGITS if with_gradient else MAX_LOGITS // 8
+    chunk_size = max(1, max_logits // vocab_size)
+    hidden_chunks = hidden.split(chunk_size)
+    target_chunks = micro_batch.targets.split(chunk_size)
+    recompute = with_gradient and len(hidden_chunks) > 1
+    logps = []
+    for chunk, targets in zip(hidden_chunks, target_chunks):
+        if recompute:
+            logps.append(checkpoint(head_logps, model, chunk, targets, use_reentrant=False))
+        else:
+            logps.append(head_logps(model, chunk, targets))
+    if return_hidden:
+        return torch.cat(logps), hidden
+    return torch.cat(logps)
+
+
+def head_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Hidden states (n, H) and targets (n,) to log-probabilities (n,), by the output head."""
+    logits = model.get_output_embeddings()(hidden)  # (n, V)
+    # Some architectures scale or cap their logits. check_model_and_choose_layout refuses a model
+    # that does so in a way that is not known here.
+    config = model.config.get_text_config()
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "final_logit_softcapping", None):  # Gemma
+        cap = config.final_logit_softcapping
+        logits = cap * torch.tanh(logits / cap)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logps, _ = TokenLogps.apply(logits, targets)
+    return logps
+
+
+class TokenLogps(torch.autograd.Function):
+    """-F.cross_entropy(logits, targets, reduction="none"), computed in place.
+
+    It overwrites the logits (n, V), in forward and in backward. F.cross_entropy would need two more
+    tensors of their size. The overwritten logits are also returned, because autograd requires that
+    of an input that was changed in place; nothing uses them.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (n,) of targets (n,), and the overwritten logits (n, V)."""
+        target_logits = logits.gather(1, targets[:, None])  # (n, 1)
+        largest = logits.amax(1, keepdim=True)  # (n, 1)
+        exponentials = logits.sub_(largest).exp_()  # (n, V), in place
+        total = exponentials.sum(1, keepdim=True)  # (n, 1)
+        ctx.mark_dirty(logits)
+        ctx.set_materialize_grads(False)  # the second result has no gradient
+        ctx.save_for_backward(exponentials, total, targets)
+        logps = target_logits - largest - total.log()
+        return logps.squeeze(1), logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps: Tensor, _) -> tuple[Tensor, None]:
+        """The gradient of a logit: 1 if it is the target's, minus its probability."""
+        exponentials, total, targets = ctx.saved_tensors
+        grad_logps = grad_logps[:, None]  # (n, 1)
+        grad_logits = exponentials.mul_(-grad_logps / total)  # (n, V), in place
+        grad_logits.scatter_add_(1, targets[:, None], grad_logps)
+        return grad_logits, None
+
+
+# -------------------------------------------------------------------------------------- the model
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward pass gives log-probabilities of completion tokens.
+
+    It is a module because FSDP gathers sharded weights when a module's forward method is called.
+    """
+
+    def __init__(self, lm: nn.Module, bfloat16: bool):
+        super().__init__()
+        self.lm = lm
+        self.bfloat16 = bfloat16
+
+    def forward(self, micro_batch: MicroBatch, from_logits: bool = False) -> Tensor:
+        """Log-probability (N,) of every completion token.
+
+        from_logits: take them from all logits of the model's own forward pass. That needs more
+        memory, and only check_model_and_choose_layout does it.
+        """
+        device_type = micro_batch.targets.device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
+            if from_logits:
+                logits = self.lm(**micro_batch.inputs).logits.flatten(0, 1)  # (R * T, V)
+                logits = logits[micro_batch.predictors].float()  # (N, V)
+                return -F.cross_entropy(logits, micro_batch.targets, reduction="none")
+            return completion_logps(self.lm, micro_batch)
+
+
+def load_policy(run: Run) -> Policy:
+    """The policy on its device; with several processes, sharded over them by FSDP.
+
+    Only process 0 reads the weights. The others build the model without memory for its weights, and
+    receive their shards. Raises UserError if the model cannot be trained.
+    """
+    lm = None
+    error = None
+    if run.rank == 0:
+        try:
+            lm = load_pretrained(run)
+        except UserError as caught:
+            error = caught
+    run.raise_everywhere(error)
+    if run.world_size == 1:  # sharding would make it 40% slower, for the same numbers
+        policy = prepare_policy(lm, run)
+        return policy.to(run.device)
+
+    whole_model = lm
+    configs = [None if whole_model is None else whole_model.config]
+    dist.broadcast_object_list(configs)
+    lm = build_without_weights(configs[0], run)
+    if whole_model is not None:
+        lm.generation_config = whole_model.generation_config
+    policy = prepare_policy(lm, run)
+    shard(policy, whole_model, run)
+    return policy
+
+
+def prepare_policy(lm: nn.Module, run: Run) -> Policy:
+    """The policy of a language model, before it is moved to its device."""
+    policy = Policy(lm, run.bfloat16)
+    policy.eval()  # no dropout, even in training
+    run.info["parameters"] = sum(parameter.numel() for parameter in policy.parameters())
+    if run.config.activation_checkpointing:
+        layers = transformer_layers(policy)
+        apply_activation_checkpointing(policy, check_fn=lambda module: module in layers)
+    return policy
+
+
+def transformer_layers(policy: Policy) -> list[nn.Module]:
+    """The units that FSDP gathers, and that activation checkpointing recomputes, one at a time."""
+    layer_names = policy.lm._no_split_modules or ()  # class names, as transformers knows them
+    return [module for module in policy.modules() if type(module).__name__ in layer_names]
+
+
+def shard(policy: Policy, whole_model: nn.Module | None, run: Run) -> None:
+    """Shard a policy without weights over the processes, and load its weights and buffers.
+
+    whole_model: the model with weights on process 0, None on the others.
+    """
+    mp_policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if run.bfloat16 else None,
+        reduce_dtype=run.dtype,
+        # Autocast casts what needs it. FSDP would rebuild every container among a layer's inputs,
+        # and the packed layout passes some.
+        cast_forward_inputs=False,
+    )
+    # By default, FSDP keeps the root module's weights gathered after a forward pass. After one
+    # without a backward pass they would stay so, and the optimizer and checkpoints would see them.
+    for module in [*transformer_layers(policy), policy]:
+        fully_shard(module, mp_policy=mp_policy, reshard_after_forward=True)
+    policy.to_empty(device=run.device)  # unlike on a plain module, tied weights stay tied
+    dcp_state.set_model_state_dict(
+        policy.lm,
+        {} if whole_model is None else whole_model.state_dict(),
+        options=dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )
+    # Buffers are not sharded, and some, such as rotary frequencies, are in no state dict.
+    for name, buffer in policy.lm.named_buffers():
+        if whole_model is not None:
+            original_name = name.replace("_checkpoint_wrapped_module.", "")
+            buffer.copy_(whole_model.get_buffer(original_name))
+        dist.broadcast(buffer, src=0)
+
+
+def load_pretrained(run: Run) -> nn.Module:
+    """The whole model in the CPU's memory. Raises UserError if it cannot be trained."""
+    transformers.utils.logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(run.model_path)
+    text_config = config.get_text_config()
+    # The default attention ignores a cap on attention scores (Gemma 2), the eager one does not.
+    if getattr(text_config, "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"
+    without_weights = build_without_weights(config, run)
+    if without_weights.base_model is without_weights:
+        raise UserError(
+            f"--model {run.model_path}: {config.model_type} does not separate its output head from "
+            "its transformer (base_model is the model itself), which this trainer needs"
+        )
+    try:
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
+            run.model_path,
+            config=config,
+            dtype=run.dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--model {run.model_path}: {reason}") from None
+    if loading_info["missing_keys"]:
+        missing = ", ".join(sorted(loading_info["missing_keys"])[:3])
+        raise UserError(f"--model {run.model_path}: its weights lack {missing}")
+    if loading_info["unexpected_keys"]:
+        unexpected = ", ".join(sorted(loading_info["unexpected_keys"])[:3])
+        run.print(
+            f"warning: --model {run.model_path}: not part of the model, left out: {unexpected}"
+        )
+    # Some checkpoints hold a separate output head although their configuration says that it is
+    # tied to the embedding. The weights are right, so correct the configuration, from which
+    # load_policy builds the model on all processes.
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    model.config.get_text_config().tie_word_embeddings = head.weight is embedding.weight
+    return model
+
+
+def build_without_weights(config, run: Run) -> nn.Module:
+    """The model of this configuration on the meta device, which takes no memory for weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=run.dtype, attn_implementation=config._attn_implementation
+        )
+
+
+# ----------------------------------------------------------------------------- the check at start
+
+
+def check_model_and_choose_layout(
+    policy: Policy, example_sets: Sequence[Examples], run: Run
+) -> None:
+    """Compare our log-probabilities with the model's own, and choose the layout.
+
+    Raises UserError if `completion_logps` differs from the model's own forward pass. Otherwise,
+    sets run.layout to the packed one if that gives the same numbers too. If it does not, as for a
+    model with windowed attention, it says so and keeps the padded layout.
+    """
+    sample = examples_to_check(example_sets)
+    padded = make_micro_batch(sample, range(len(sample)), PaddedLayout(), run.device)
+    expected = []
+    with torch.no_grad():
+        # One sequence at a time: all logits of several could fill the memory.
+        for example in sample:
+            for completion_ids in example.completions_ids:
+                single = make_batch([Example(example.prompt_ids, [completion_ids])], run.device)
+                expected.append(policy(single, from_logits=True))
+        expected = torch.cat(expected)  # (N,)
+        error = (policy(padded) - expected).abs().mean().item()  # nats per token
+    if not error < (0.03 if run.bfloat16 else 1e-4):  # "not <" is also true for nan
+        raise UserError(
+            f"--model {run.model_path}: its log-probabilities differ by {error:.2g} nats per token "
+            "from its own forward pass: a scaling of its logits that is not known here"
+        )
+
+    own_attention = policy.lm.config._attn_implementation
+    reason = try_packed_layout(policy, sample, padded, expected, run)
+    if reason is None:
+        run.layout = packed.PackedLayout()
+    else:
+        policy.lm.set_attn_implementation(own_attention)
+        run.print(f"padded layout, which is slower; the packed one is not used: {reason}")
+    policy.zero_grad()
+    run.info["packed_rows"] = reason is None
+    run.info["self_check_error"] = error
+    run.print_model_summary()
+
+
+def examples_to_check(example_sets: Sequence[Examples]) -> list[Example]:
+    """A sample in which a wrong attention mask changes the numbers.
+
+    The longest example gets one more, short completion, which must not attend to the others. A
+    short example comes after it, and must not attend to it.
+    """
+    longest = example_sets[0][0]
+    max_length = 0
+    for examples in example_sets:
+        for examples_or_mismatched in examples.with_mismatched():
+            for index, length in enumerate(examples_or_mismatched.length):
+                if length > max_length:
+                    longest = examples_or_mismatched[index]
+                    max_length = length
+    other = example_sets[0][0]
+    more = longest.completions_ids[-1][-16:]
+    return [
+        Example(longest.prompt_ids, [*longest.completions_ids, more]),
+        Example(other.prompt_ids[:16], [ids[:16] for ids in other.completions_ids]),
+    ]
+
+
+def try_packed_layout(
+    policy: Policy, sample: list[Example], padded: MicroBatch, expected: Tensor, run: Run
+) -> str | None:
+    """Prepare the model for the packed layout. Returns None, or the reason why it does not work.
+
+    All processes get the same answer. padded: the sample as a padded micro-batch. expected: (N,)
+    log-probabilities of its targets.
+    """
+    reason = None
+    try:
+        packed.use_packed_attention(policy.lm, run.device)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+    reason = first_reason(reason, run)  # before FSDP communicates in a forward pass
+    if reason is not None:
+        return reason
+    try:
+        micro_batch = make_micro_batch(
+            sample, range(len(sample)), packed.PackedLayout(), run.device
+        )
+        logps = policy(micro_batch)  # (N,)
+        logps.sum().backward()  # a GPU's kernels for it are compiled now, which could fail too
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # models refuse unknown arguments in many ways
+        reason = str(error).strip().partition("\n")[0] or repr(error)
+        if run.world_size > 1:  # FSDP does not recover from an unfinished forward pass
+            raise UserError(
+                f"--model {run.model_path}: packed sequences fail ({reason}); train in one process"
+            ) from None
+        return reason
+    # A completion that wrongly attends to another one is wrong in its first tokens, one that
+    # exceeds an attention window in its last. The mean over all tokens would hide either, a single
+    # token may be off by rounding: so take the largest mean over four tokens in a row.
+    errors = padded.pad_completions((logps.detach() - expected).abs())  # (C, longest)
+    # Padding with zeros gives a completion of fewer than four tokens a window, too.
+    windows = F.pad(errors, (3, 3)).unfold(1, 4, 1)  # (C, number of windows, 4)
+    worst = windows.mean(dim=2).max().item()
+    if not worst < (0.2 if run.bfloat16 else 1e-3):
+        reason = f"the model gives different numbers when packed (by {worst:.2g} nats per token)"
+    return first_reason(reason, run)
+
+
+def first_reason(reason: str | None, run: Run) -> str | None:
+    """The reason of the first process that has one. A collective: all processes call it."""
+    reasons = [None] * run.world_size
+    dist.all_gather_object(reasons, reason)
+    for each in reasons:
+        if each is not None:
+            return each
+    return None
+
+
+# ------------------------------------------------------------------------------ the reference model
+
+
+@torch.no_grad()
+def add_reference_logps(
+    policy: Policy, examples: Examples, indices: Sequence[int], name: str, run: Run
+) -> None:
+    """Set examples.reference_logps: log pi_ref of every completion token, of these examples.
+
+    The reference model is the policy before training, and never changes. So this is done once, and
+    kept in the run's folder, in reference_logps_{name}.safetensors, for --resume. Log-probabilities
+    of examples that are not asked for are nan. The mismatched examples, if any, are included.
+    """
+    if not indices:
+        return
+    example_sets = examples.with_mismatched()
+    for each in example_sets:
+        nans = torch.full((each.offsets[-1],), torch.nan, dtype=run.dtype)
+        each.reference_logps = nans.numpy()
+    file_name = f"reference_logps_{name}.safetensors"
+    if read_reference_logps(example_sets, indices, file_name, run):
+        return
+    start_time = time.perf_counter()
+    compute_reference_logps(policy, example_sets, indices, run)
+    seconds = run.info.get("reference_seconds", 0.0) + time.perf_counter() - start_time
+    run.write_record(reference_seconds=seconds)
+    if run.rank == 0:
+        tensors = {"logps": torch.from_numpy(examples.reference_logps)}
+        if examples.mismatched is not None:
+            tensors["mismatched_logps"] = torch.from_numpy(examples.mismatched.reference_logps)
+        run.write_tensors(file_name, tensors)
+
+
+def compute_reference_logps(
+    policy: Policy, example_sets: list[Examples], indices: Sequence[int], run: Run
+) -> None:
+    """Compute the reference_logps of the examples with these indices, in each of the sets.
+
+    Examples of one record have the same prompt. They are merged to one example with all their
+    completions: the packed layout then computes the prompt once.
+    """
+    groups = {}  # record number -> list of (examples, index)
+    for index in indices:
+        for examples in example_sets:
+            groups.setdefault(examples.record_number[index], []).append((examples, index))
+    groups = list(groups.values())
+    merged = Examples()  # one example for each group
+    for group in groups:
+        prompt_ids = None
+        completions_ids = []
+        for examples, index in group:
+            example = examples[index]
+            if prompt_ids is None:
+                prompt_ids = example.prompt_ids
+            assert np.array_equal(example.prompt_ids, prompt_ids), "a record has one prompt"
+            completions_ids.extend(example.completions_ids)
+        merged.append(Example(prompt_ids, completions_ids))
+
+    logps = torch.zeros(merged.offsets[-1], dtype=run.dtype)  # of all merged examples
+    progress = tqdm(total=len(logps), unit="tok", desc="reference", delay=2, disable=run.rank != 0)
+    # `make_micro_batches` sorts examples by length, so that those of a micro-batch are alike. It
+    # gets a window of them at a time, so that the progress bar moves evenly.
+    window = 1024
+    for start in range(0, len(merged), window):
+        batch = range(start, min(start + window, len(merged)))
+        for micro_batch in make_micro_batches(merged, batch, run):
+            token_logps = policy(micro_batch).to(logps)  # (N,)
+            merged_indices = [batch[place] for place in micro_batch.places.tolist()]
+            lengths = [merged.num_completion_tokens([index]) for index in merged_indices]
+            for index, part in zip(merged_indices, token_logps.split(lengths)):
+                logps[merged.offsets[index] : merged.offsets[index + 1]] = part
+            progress.update(len(token_logps) * run.world_size)
+    progress.close()
+    dist.all_reduce(logps)  # each token's is set by one process and 0 in the others
+
+    for number, group in enumerate(groups):
+        group_logps = logps[merged.offsets[number] : merged.offsets[number + 1]]
+        lengths = [examples.num_completion_tokens([index]) for examples, index in group]
+        for (examples, index), part in zip(group, group_logps.split(lengths)):
+            examples.set_reference_logps(index, part.numpy())
+
+
+def read_reference_logps(
+    example_sets: list[Examples], indices: Sequence[int], file_name: str, run: Run
+) -> bool:
+    """Read what was written before the run was resumed. Returns whether it has all examples."""
+    tensors = {}
+    if run.rank == 0:
+        tensors = run.read_tensors(file_name)
+    for name, examples in zip(("logps", "mismatched_logps"), example_sets):
+        logps = torch.from_numpy(examples.reference_logps)  # shares its memory
+        stored = tensors.get(name)
+        if stored is not None and stored.shape == logps.shape:
+            logps.copy_(stored)
+        dist.broadcast(logps, src=0)
+        for index in indices:
+            if np.isnan(examples.get_reference_logps(index)).any():
+                return False
+    return True
+
+
+def check_first_step(log_ratios: Tensor, num_tokens: int, run: Run) -> None:
+    """Warn if policy and reference differ in the first step, before the policy was changed.
+
+    log_ratios: (B, ...) of the completions of the first global batch. num_tokens: of all of them.
+    """
+    per_token = log_ratios.abs().sum().item() / num_tokens
+    run.write_record(first_log_ratio_per_token=per_token)
+    if per_token > (0.03 if run.bfloat16 else 1e-4):
+        run.print(
+            f"warning: in the first step, policy and reference differ by {per_token:.2g} nats per "
+            "token, although they are the same model; the reference log-probabilities are stale, "
+            "or the number format is too coarse"
+        )
+
+
+# ----------------------------------------------------------------------------- the rest of a step
+
+
+def make_optimizer(policy: Policy, config) -> torch.optim.Optimizer:
+    """RMSprop, as in the authors' code, or AdamW, as in the KTO paper; without weight decay."""
+    # Update all weights at once on a GPU. That is torch's own default, but not for FSDP's shards.
+    foreach = next(policy.parameters()).is_cuda
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            policy.parameters(), lr=config.lr, weight_decay=0.0, foreach=foreach
+        )
+    return torch.optim.RMSprop(policy.parameters(), lr=config.lr, foreach=foreach)
+
+
+def clip_gradient(policy: Policy, losses: Tensor, batch: Sequence[int], step: int, config) -> float:
+    """Scale the gradient down to --max_grad_norm, and return its norm before that.
+
+    losses: (B,) of the global batch; batch: the indices of its examples. Raises
+    FloatingPointError, before the optimizer can take the step, if a loss or the norm is not finite.
+    """
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    if hasattr(norm, "full_tensor"):  # of sharded parameters
+        norm = norm.full_tensor()
+    norm = norm.item()
+    bad = [index for index, loss in zip(batch, losses.tolist()) if not math.isfinite(loss)]
+    if bad or not math.isfinite(norm):
+        raise FloatingPointError(
+            f"step {step} was not taken: the loss of {len(bad)} of {len(batch)} examples is not "
+            f"finite (training examples {', '.join(map(str, bad[:8])) or 'none'}, counted from 0), "
+            f"and the gradient norm is {norm}"
+        )
+    return norm
