@@ -3,6 +3,7 @@
     python -m archangel.benchmark --model small-50k --method dpo             # ours alone
     python -m archangel.benchmark --model small-50k --method dpo --peer trl  # where TRL is there
     python -m archangel.benchmark --model small-50k --method dpo --ladder    # what each idea gains
+    python -m archangel.benchmark --model small-50k --method dpo --peer DIR  # another checkout
 
 Nothing is fetched: the model is one of the shapes below with random weights, the rows are random
 tokens with lognormal lengths (prompts of 160 in the mean, completions of 64). Each contender lives
@@ -23,6 +24,8 @@ On a GPU best is compact already, and the last row is left out. The last row is 
 TRL has no offline PPO; for SLiC the peer is DPO's hinge, on log-ratios, with a reference. On a CPU
 all compute in float32. Memory that is freed stays with the process, for all: it is faster.
 
+A peer can also be a folder with another checkout of this project, such as one of an earlier commit.
+
 Useful work is what no implementation can leave out: each prompt once, each completion once (KTO's
 mismatched partner is a completion), the output head on completion tokens, and for a token in each
 layer the keys that it may see. Forward, in floating-point operations, with L layers, width H,
@@ -39,6 +42,7 @@ clock, not these.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -62,6 +66,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 import common
+import common_v1
+from archangel import command
+from archangel import rows as records_v1
 
 SHAPES = {  # name: layers, width, heads, feed-forward width, vocabulary
     "pythia-1.4b": (24, 2048, 16, 8192, 50304),
@@ -81,7 +88,8 @@ class Config:
 
     model: str  # a shape: pythia-1.4b, small-50k, small-4k, tiny
     method: Literal["sft", "dpo", "kto", "slic", "ppo_offline"] = "dpo"  # the loss
-    peer: Literal["none", "trl", "compact"] = "none"  # beside us: TRL's three rows, or the last
+    kl: Literal["mismatched", "other_half", "zero"] = "mismatched"  # KTO's reference point
+    peer: str = "none"  # beside us: trl (its three rows), compact (the last), or another checkout
     ladder: bool = False  # instead of a peer, our own step without its ideas, one by one (DPO)
     steps: int = 12  # measured steps: a pass over as many batches of rows
     other_steps: int = 3  # measured steps of the rows that do not count
@@ -115,9 +123,12 @@ class Config:
             raise common.UserError(f"--peer_rows_at_once {at_once}: must divide --batch_size")
         if at_once == 1 and self.method == "kto":
             raise common.UserError("--peer_rows_at_once 1: TRL's KTO needs 2, to pair replies anew")
-        if self.peer != "none" and self.method == "ppo_offline":
+        is_trl = self.peer in ("trl", "compact")
+        if self.peer != "none" and not is_trl and not (Path(self.peer) / "kto.py").exists():
+            raise common.UserError(f"--peer {self.peer}: is not trl, compact or a checkout of this")
+        if is_trl and self.method == "ppo_offline":
             raise common.UserError(f"--peer {self.peer}: TRL has no offline PPO; leave it out")
-        if self.peer != "none" and importlib.util.find_spec("trl") is None:
+        if is_trl and importlib.util.find_spec("trl") is None:
             raise common.UserError(
                 f"--peer {self.peer}: TRL is not installed; pip install trl, or leave it out"
             )
@@ -152,7 +163,7 @@ def make_rows(config: Config) -> list[dict]:
 
 def like_lengths_together(rows: Sequence[dict], config: Config) -> list[dict]:
     """The rows in batches of like length, the batches in an order of the seed."""
-    ordered = sorted(rows, key=common.longest_sequence)
+    ordered = sorted(rows, key=records_v1.longest_sequence)
     size = config.batch_size
     batches = [ordered[first : first + size] for first in range(0, len(rows), size)]
     np.random.default_rng(config.seed).shuffle(batches)
@@ -376,7 +387,7 @@ class Stage:
 
 
 class PlainHead:
-    """Stands in for `fast.TokenLogps`."""
+    """Takes the place of `common.TokenLogps`."""
 
     @staticmethod
     def apply(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -384,59 +395,173 @@ class PlainHead:
         return -torch.nn.functional.cross_entropy(logits, targets, reduction="none"), None
 
 
-class AllLogits(common.Policy):
-    """A policy that takes log-probabilities from all logits, as the plainest trainer would."""
-
-    def forward(self, batch: common.Batch) -> torch.Tensor:
-        """Log-probabilities (N,) of the completion tokens."""
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bfloat16):
-            logps = self.lm(batch.input_ids).logits.float().log_softmax(-1)  # (R, T, V)
-        return logps.flatten(0, 1)[batch.predictors, batch.targets]
+def logps_from_all_logits(policy: common.Policy, micro_batch: common.MicroBatch) -> torch.Tensor:
+    """Log-probabilities (N,) from the logits of every position, as in the plainest trainer."""
+    device_type = micro_batch.targets.device.type
+    with torch.autocast(device_type, torch.bfloat16, enabled=policy.bfloat16):
+        logps = policy.lm(**micro_batch.inputs).logits.float().log_softmax(-1)  # (R, T, V)
+    return logps.flatten(0, 1)[micro_batch.predictors, micro_batch.targets]
 
 
-def ours(connection, config: Config, folder: Path, rows: Path, name: str, stage: Stage) -> None:
-    """Our trainer's own step, in turns: what `train` of the script does between two batches."""
-    turns = Turns(connection)
-    script = importlib.import_module(config.method)
-    settings = script.Config(
+def script_settings(
+    script, config: Config, folder: Path, rows: Path, name: str, stage: Stage
+) -> object:
+    """What our script is told: a `Config` of its own."""
+    more = {}
+    if config.method == "kto":
+        more["kl"] = config.kl
+    return script.Config(
         model=str(folder / "model"),
         data=str(rows),
-        out=str(folder / name / "run"),  # its reference column, beside it, is no one else's
+        out=str(folder / name / "run"),
         batch_size=config.batch_size,
         micro_batch_tokens=stage.micro_batch_tokens or config.micro_batch_tokens,
         lr=config.lr,
         warmup_steps=0,
+        save_every=0,
         max_length=config.max_length,
         max_prompt_length=config.max_length * 3 // 4,
-        **({"kl": "mismatched"} if config.method == "kto" else {}),
+        **more,
     )
-    run = common.Run(settings)
-    texts = common.read_rows(settings.data, "train", script.FORMS)
+
+
+def ours(connection, config: Config, folder: Path, rows: Path, name: str, stage: Stage) -> None:
+    """Our script's own `train`, which waits for its turn before the reference pass and each step.
+
+    The functions that it calls there are replaced by ones that also take turns.
+    """
+    turns = Turns(connection)
+    script = importlib.import_module(config.method)
+    settings = script_settings(script, config, folder, rows, name, stage)
+    its_examples = []
+
+    def make_schedule(examples: common.Examples, _) -> list[list[int]]:
+        """The batches in the order of the rows; the first ones also before, to warm up."""
+        its_examples.append(examples)
+        batches = []
+        for first in range(0, len(examples), config.batch_size):
+            batches.append(list(range(first, min(first + config.batch_size, len(examples)))))
+        return batches[:WARMUP] + batches
+
+    def check(policy: common.Policy, example_sets, run: common.Run) -> None:
+        """The check at the start; then what this stage does without."""
+        original_check(policy, example_sets, run)
+        if not stage.packed:
+            run.layout = common.PaddedLayout()
+        if stage.plain_head:
+            common.MAX_LOGITS = sys.maxsize
+            common.TokenLogps = PlainHead
+        if stage.all_logits:
+            policy.forward = functools.partial(logps_from_all_logits, policy)
+        if run.device.type == "cuda":  # flex attention is compiled for one size, then for all
+            with torch.no_grad():
+                for few in (1, 2, 4):
+                    sample = [example_sets[0][index] for index in range(few)]
+                    policy(common.make_micro_batch(sample, range(few), run.layout, run.device))
+        turns.count_tokens(policy.lm)
+
+    def add_reference(policy, examples, indices, split: str, run: common.Run) -> None:
+        """The reference pass over the training examples is the first turn."""
+        if split == "train":
+            turns.wait()
+            original_add_reference(policy, examples, indices, split, run)
+            turns.stop()
+            turns.tell(**checks(examples, config, policy, run))
+            turns.wait()
+
+    def log(run: common.Run, step: int, metrics: dict[str, float]) -> None:
+        """The end of a step is the end of a turn."""
+        if step > 0:
+            turns.stop()
+            turns.tell(loss=metrics["loss"])
+            turns.wait()
+
+    original_check = common.check_model_and_choose_layout
+    original_add_reference = common.add_reference_logps
+    script.make_schedule = make_schedule
+    common.check_model_and_choose_layout = check
+    common.add_reference_logps = add_reference
+    common.Run.log = log
+    script.train(settings)
+
+
+@torch.no_grad()
+def checks(examples: common.Examples, config: Config, policy, run) -> dict:
+    """The log-probability of each completion; how far they are from what they should be, in nats.
+
+    The log-ratio at step 0 should be 0. On a GPU, also the error of a token's log-probability
+    against float32 on the CPU, of a few examples.
+    """
+    texts = {}
+    for index in range(len(examples)):
+        example = examples[index]
+        logps = examples.get_reference_logps(index)
+        ends = np.cumsum([len(ids) for ids in example.completions_ids])[:-1]
+        for ids, part in zip(example.completions_ids, np.split(logps, ends)):
+            texts[fingerprint(example.prompt_ids, ids)] = float(part.sum())
+    first = range(min(config.batch_size, len(examples)))
+    ratios = []
+    for micro_batch in common.make_micro_batches(examples, first, run):
+        ratios.append((policy(micro_batch) - micro_batch.reference_logps).abs())
+    ratios = torch.cat(ratios)
+    figures = {
+        "texts": texts,
+        "log_ratio_mean": ratios.mean().item(),
+        "log_ratio_max": ratios.max().item(),
+    }
+    if run.device.type == "cuda":
+        sample = [examples[index] for index in first[:4]]
+        ours = policy(common.make_micro_batch(sample, range(len(sample)), run.layout, run.device))
+        exact = GPTNeoXForCausalLM.from_pretrained(run.model_path, dtype=torch.float32).eval()
+        plain = common.completion_logps(exact, common.make_batch(sample))
+        error = (ours.cpu() - plain).abs()
+        figures["token_error_mean"] = error.mean().item()
+        figures["token_error_max"] = error.max().item()
+    return figures
+
+
+def checkout(connection, config: Config, folder: Path, rows: Path, name: str, path: str) -> None:
+    """The same of another checkout of this project, by its own benchmark."""
+    for module in list(sys.modules):
+        if module.partition(".")[0] in ("archangel", "common", "common_v1", config.method):
+            del sys.modules[module]
+    sys.path.insert(0, str(Path(path).resolve()))
+    theirs = importlib.import_module("archangel.benchmark")
+    known = {field.name for field in dataclasses.fields(theirs.Config)}
+    values = {name: value for name, value in vars(config).items() if name in known}
+    its_config = theirs.Config(**values | {"peer": "none"})
+    theirs.ours(connection, its_config, folder, rows, name, theirs.Stage())
+
+
+def ours_v1(connection, config: Config, folder: Path, rows: Path, name: str, stage: Stage) -> None:
+    """The step of a script that is still on the old core, in turns."""
+    turns = Turns(connection)
+    script = importlib.import_module(config.method)
+    settings = script_settings(script, config, folder, rows, name, stage)
+    run = common_v1.Run(settings)
+    texts = common_v1.read_rows(settings.data, "train", script.FORMS)
     examples = script.make_examples(texts, run.tokenizer, settings)
     run.start(examples, [], config.steps)
-    policy = common.load_policy(
+    policy = common_v1.load_policy(
         run, **({"value_head": True} if config.method == "ppo_offline" else {})
     )
-    common.self_check(policy, examples, run)
-    run.packed = run.packed and stage.packed
-    if stage.plain_head:
-        common.CHUNK, common.TokenLogps = sys.maxsize, PlainHead
-    if stage.all_logits:
-        policy = AllLogits(policy.lm, None, policy.bfloat16).eval()
-    if run.device.type == "cuda":  # what torch compiles for the reference, for one size and for all
-        with torch.no_grad():
-            for few in (1, 2, 4):
-                policy(common.make_batch(examples[:few], run.device, packed=run.packed))
+    common_v1.self_check(policy, examples, run)
     turns.count_tokens(policy.lm)
 
     turns.wait()
     if config.method in REFERENCE:
-        everyone = script.with_partners(examples) if config.method == "kto" else examples
-        common.add_reference_logps(policy, everyone, run)
+        common_v1.add_reference_logps(policy, examples, run)
     turns.stop()
-    turns.tell(**checks(examples, config, policy, run))
+    texts = {}
+    for example in examples:
+        none = np.full(common_v1.completion_tokens([example]), np.nan)
+        logps = example.get("reference_logps", none)
+        ends = np.cumsum([len(ids) for ids in example["completions_ids"]])[:-1]
+        for ids, part in zip(example["completions_ids"], np.split(logps, ends)):
+            texts[fingerprint(example["prompt_ids"], ids)] = float(part.sum())
+    turns.tell(texts=texts)
 
-    optimizer = common.make_optimizer(policy, settings)
+    optimizer = common_v1.make_optimizer(policy, settings)
     batches = [
         examples[i : i + config.batch_size] for i in range(0, len(examples), config.batch_size)
     ]
@@ -446,42 +571,13 @@ def ours(connection, config: Config, folder: Path, rows: Path, name: str, stage:
         for loss, indices, figures in script.micro_batch_losses(policy, batch, settings, run):
             loss.backward()
             parts.append((indices, figures))
-        figures = common.gather(parts, len(batch), run)
-        common.clip_gradient(policy, batch, figures, run, step)
+        figures = common_v1.gather(parts, len(batch), run)
+        common_v1.clip_gradient(policy, batch, figures, run, step)
         optimizer.step()
         optimizer.zero_grad()
         turns.stop()
         turns.tell(loss=script.summarise(figures, batch)["loss"])
     turns.wait()
-
-
-@torch.no_grad()
-def checks(examples: Sequence[dict], config: Config, policy, run) -> dict:
-    """The log-probability of each completion; how far they are from what they should be, in nats.
-
-    The log-ratio at step 0 should be 0. On a GPU, also the error of a token's log-probability
-    against float32 on the CPU, of a few rows.
-    """
-    texts, figures = {}, {}
-    for example in examples:
-        none = np.full(common.completion_tokens([example]), np.nan)
-        logps = example.get("reference_logps", none)
-        ends = np.cumsum([len(ids) for ids in example["completions_ids"]])[:-1]
-        for ids, part in zip(example["completions_ids"], np.split(logps, ends)):
-            texts[fingerprint(example["prompt_ids"], ids)] = float(part.sum())
-    figures["texts"] = texts
-    first = examples[: config.batch_size]
-    if config.method in REFERENCE:
-        parts = [(policy(m) - m.reference_logps).abs() for m in common.micro_batches(first, run)]
-        ratios = torch.cat(parts)
-        figures |= {"log_ratio_mean": ratios.mean().item(), "log_ratio_max": ratios.max().item()}
-    if run.device.type == "cuda":
-        batch = common.make_batch(first[:4], run.device, packed=run.packed)
-        exact = GPTNeoXForCausalLM.from_pretrained(run.model_path, dtype=torch.float32).eval()
-        plain = common.completion_logps(exact, common.make_batch(first[:4]))
-        error = (policy(batch).cpu() - plain).abs()
-        figures |= {"token_error_mean": error.mean().item(), "token_error_max": error.max().item()}
-    return figures
 
 
 # ------------------------------------------------------------------------------ who takes part
@@ -508,8 +604,11 @@ def contenders(config: Config) -> list[Contender]:
             "head in place": Stage(),
         }
         return [Contender(name, ours, stages[name], config.steps) for name in stages]
-    found = [Contender("ours", ours, Stage(), config.steps)]
-    if config.peer != "none":
+    trainer = ours if config.method in ("dpo", "kto") else ours_v1
+    found = [Contender("ours", trainer, Stage(), config.steps)]
+    if config.peer not in ("none", "trl", "compact"):
+        found.append(Contender("other checkout", checkout, config.peer, config.steps))
+    elif config.peer != "none":
         from archangel import benchmark_trl
 
         for name, options in benchmark_trl.ROWS.items():
@@ -545,7 +644,7 @@ def take_turns(
             processes.append(spawn.Process(target=contender.run, args=arguments, daemon=True))
             processes[-1].start()
             theirs.close()
-        for turn in common.progress(range(1 + WARMUP + config.steps), "turns"):
+        for turn in command.progress(range(1 + WARMUP + config.steps), "turns"):
             for contender in group:
                 if turn < 1 + WARMUP + contender.steps:
                     pipe = pipes[contender.name]
@@ -686,7 +785,7 @@ def main(config: Config) -> None:
     rate = matmul_rate(device)
     figures = {c.name: summarise(rows, records[c.name], config, rate) for c in everyone}
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    if config.peer != "none":
+    if config.peer in ("trl", "compact"):
         versions["trl"] = importlib.metadata.version("trl")
     report = {
         "settings": dataclasses.asdict(config),
@@ -715,5 +814,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    with common.exit_status():
-        main(common.parse(Config, __doc__))
+    with command.exit_status():
+        main(command.parse(Config, __doc__))

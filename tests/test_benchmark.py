@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import common
-from archangel import benchmark
+from archangel import benchmark, command
 from archangel.benchmark import Config, count, forward_flops, make_rows, useful_work
+from archangel.rows import longest_sequence
+from archangel.run import load_tokenizer
 
 SHAPE = (2, 8, 2, 32, 100)  # layers, width, heads, feed-forward width, vocabulary
 
@@ -89,12 +92,12 @@ def test_rows_are_reproducible_and_of_the_stated_lengths():
     assert np.mean([len(r["prompt_ids"]) for r in rows]) == pytest.approx(160, rel=0.1)
     replies = [len(ids) for r in rows for ids in r["completions_ids"]]
     assert np.mean(replies) == pytest.approx(64, rel=0.1)
-    assert max(map(common.longest_sequence, rows)) <= 512
+    assert max(map(longest_sequence, rows)) <= 512
     together = benchmark.like_lengths_together(rows, config)
     assert sorted(map(id, together)) == sorted(map(id, rows))
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto", "sft"])
+@pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_text_turns_into_the_same_tokens(method, tmp_path):
     """What the trainers read from the file are the rows' own tokens, end marks included."""
     script = __import__(method)
@@ -102,22 +105,30 @@ def test_text_turns_into_the_same_tokens(method, tmp_path):
     rows = make_rows(config)
     benchmark.write_model(config, tmp_path)
     benchmark.write_rows(rows, method, tmp_path / "rows.jsonl")
-    texts = common.read_rows(str(tmp_path / "rows.jsonl"), "train", script.FORMS)
+    records, _ = common.load_records(str(tmp_path / "rows.jsonl"), script.FORMATS)
     settings = script.Config(model="toy", max_length=512, max_prompt_length=384)
-    examples = script.make_examples(texts, common.load_tokenizer(tmp_path), settings)
-    for example, expected in zip(examples, rows, strict=True):
-        assert example["prompt_ids"].tolist() == expected["prompt_ids"].tolist()
-        pairs = zip(example["completions_ids"], expected["completions_ids"], strict=True)
-        assert all(ids.tolist() == ids_expected.tolist() for ids, ids_expected in pairs)
+    examples = script.make_examples(records, load_tokenizer(tmp_path), settings)
+    assert len(examples) == len(rows)
+    for example, expected in zip(examples, rows):
+        assert example.prompt_ids.tolist() == expected["prompt_ids"].tolist()
+        assert len(example.completions_ids) == len(expected["completions_ids"])
+        for ids, expected_ids in zip(example.completions_ids, expected["completions_ids"]):
+            assert ids.tolist() == expected_ids.tolist()
 
 
-def test_ours_alone_says_every_figure(tmp_path):
-    """One run, KTO with its partners: every figure is in the table and in the JSON."""
+def test_every_figure_is_reported(tmp_path):
+    """KTO beside this checkout as its own peer: the same tokens, reference and losses for both.
+
+    Every figure is in the table and in the JSON.
+    """
     command = [sys.executable, "-m", "archangel.benchmark", "--model", "tiny", "--method", "kto"]
-    command += ["--steps", "2", "--batch_size", "2", "--max_length", "64", "--out", str(tmp_path)]
+    command += ["--steps", "2", "--batch_size", "2", "--max_length", "64"]
+    command += ["--peer", str(Path(common.__file__).parent), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "tiny_kto.json").read_text())
+    (differ,) = report["differ_from_first"].values()
+    assert differ == {"first_losses": [0.0, 0.0, 0.0], "completion_logps": 0.0}
     figures = report["figures"]["ours"]
     assert figures["steps"] == len(figures["seconds"]) == 2
     for key in (
@@ -133,7 +144,7 @@ def test_ours_alone_says_every_figure(tmp_path):
         assert figures[key] > 0 and key in done.stdout
     assert 0 < figures["useful_share"] <= 1
     assert figures["first_step_gflop"] > figures["first_step_useful_gflop"]
-    assert figures["log_ratio_max"] < 1e-4  # nats a token: reference and policy are the same
+    assert figures["log_ratio_max"] < 1e-4  # nats per token: reference and policy are the same
     assert report["matmul_rate"] > 0 and len(report["load"]) == 2
 
 
@@ -164,6 +175,7 @@ def test_the_peer_computes_the_same_loss(method, tmp_path):
         ["--model", "tiny", "--peer_rows_at_once", "-2"],
         ["--model", "tiny", "--method", "kto", "--peer_rows_at_once", "1"],
         ["--model", "tiny", "--method", "sft", "--ladder"],
+        ["--model", "tiny", "--peer", "no/such/checkout"],
         ["--model", "tiny", "--method", "kto", "--batch_size", "3"],
         ["--model", "tiny", "--method", "ppo_offline", "--peer", "trl"],
     ],
@@ -171,7 +183,7 @@ def test_the_peer_computes_the_same_loss(method, tmp_path):
 def test_what_is_wrong_is_one_line(arguments, monkeypatch, capsys):
     """Status 2 and one line that names the setting, before anything is made."""
     monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
-    with pytest.raises(SystemExit) as ended, common.exit_status():
-        common.parse(Config, benchmark.__doc__)
+    with pytest.raises(SystemExit) as ended, command.exit_status():
+        command.parse(Config, benchmark.__doc__)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1 and "--" in error
