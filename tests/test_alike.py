@@ -1,170 +1,208 @@
-"""What the five scripts share is the same text in all of them.
+"""What the scripts share is the same text in all of them.
 
-The copies are on purpose: each script reads alone. This test keeps them from drifting apart.
-`python tests/test_alike.py` shows every difference, the allowed ones too.
+The scripts repeat each other on purpose, so that each reads alone. This test keeps the copies
+equal. `python tests/test_alike.py` prints every difference, the allowed ones too.
+
+A script that moves to the new core moves from OLD_SCRIPTS to SCRIPTS, and gets its lines in
+ALLOWED.
 """
 
 import ast
 import difflib
-import io
 import re
-import tokenize
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["kto", "dpo", "slic", "ppo_offline", "sft"]
+SCRIPTS = ["kto", "dpo"]  # on common.py
+OLD_SCRIPTS = ["slic", "ppo_offline", "sft"]  # still on common_v1.py
+# A script made from another one: what its parent shares with other scripts, it shares with its
+# parent.
+COPIES = {"tests/sixth_loss/ipo": "slic"}
 
-# Which scripts share a function to the letter. The first of each line is what the others are
-# compared with. What is not named here is the script's own: its loss, its value functions, what
-# makes a micro-batch a loss, what it says of a step.
+# The blocks of text that scripts share, by the names that block() gives them. The first script of
+# a list is what the others are compared with. What is not named here is a script's own.
 SHARED = {
-    "evaluate": SCRIPTS,
-    "train": SCRIPTS,
-    "steps_per_epoch": ["dpo", "slic", "sft"],  # passes over the rows ...
-    "global_batch": ["dpo", "slic", "sft"],
-    "classes": ["kto", "ppo_offline"],  # ... or over two classes, half a batch each
-    "steps_per_epoch ": ["kto", "ppo_offline"],
-    "global_batch ": ["kto", "ppo_offline"],
-    "summarise": ["dpo", "slic"],
+    "Config": [SCRIPTS, OLD_SCRIPTS],
+    "train, to the loop": [SCRIPTS],
+    "train, after the gradient": [SCRIPTS],
+    "train": [OLD_SCRIPTS],
+    "evaluate": [OLD_SCRIPTS],
+    "steps_per_epoch": [["slic", "sft"]],
+    "global_batch": [["slic", "sft"]],
+    "summarise": [["slic"]],
 }
-# A script made from another: what its parent shares with anyone, it shares with its parent.
-COPIES = {"tests/sixth_loss/ipo": "dpo"}
-CHECK = "    common.self_check(policy, {}, run)"
-PARTNERED = f"-{CHECK.format('with_partners(train_set + test_set)')}"
-PLAIN = f"+{CHECK.format('train_set + test_set')}"
-LOOP = "-    for examples in (with_partners(train_set), with_partners(test_set)):"
-# What the mismatched reference point is taken over is checked, and has a reference, as well.
-PARTNERS = [PARTNERED, LOOP, PLAIN, "+    for examples in (train_set, test_set):"]
-REFERENCE = [
-    PARTNERED,
-    LOOP,
-    "-        common.add_reference_logps(policy, examples, run)",
-    PLAIN,
-]
-ALLOWED = {  # (function, script): the lines in which it may differ, and why
-    ("train", "dpo"): PARTNERS,
-    ("train", "slic"): REFERENCE,  # a loss without a reference model
-    ("train", "sft"): REFERENCE,
-    ("train", "ppo_offline"): [  # its policy has a value head
+
+# (block, script): the lines in which a script may differ from the first one; - for a line of the
+# first script, + for one of its own. All of them must be found.
+ALLOWED = {
+    ("train, after the gradient", "dpo"): [  # its metrics have no reference point
+        "-        metrics = summarize(losses, log_ratios, kl, desirable, config)",
+        "+        metrics = summarize(losses, log_ratios, config)",
+    ],
+    ("train", "ppo_offline"): [  # it has a value head and a reference model
         "-    policy = common.load_policy(run)",
-        *PARTNERS[:2],
         "+    policy = common.load_policy(run, value_head=True)",
-        *PARTNERS[2:],
+        "+    for examples in (train_set, test_set):",
+        "+        common.add_reference_logps(policy, examples, run)",
+    ],
+    ("train", "tests/sixth_loss/ipo"): [  # it has a reference model
+        "+    for examples in (train_set, test_set):",
+        "+        common.add_reference_logps(policy, examples, run)",
     ],
 }
 
-SIZES = {"kto": 195, "dpo": 130, "slic": 130, "ppo_offline": 190, "sft": 110, "common": 260}
-SIZES |= {copy: SIZES[parent] for copy, parent in COPIES.items()}
+# What a script has, in this order.
+ORDER = [
+    '"""',
+    "import common",
+    "class Config:",
+    "def NAME_loss(",
+    "def make_examples(",
+    "def make_schedule(",
+    "def evaluate(",
+    "def train(",
+    'if __name__ == "__main__":',
+]
+OLD_ORDER = [
+    '"""',
+    "import common_v1 as common",
+    "class Config:",
+    "def NAME_loss(",
+    "def make_examples(",
+    "def global_batch(",
+    "def micro_batch_losses(",
+    "def summarise(",
+    "def evaluate(",
+    "def train(",
+    'if __name__ == "__main__":',
+]
+MAIN = "    common.run_script(train, Config, __doc__)\n"
+OLD_MAIN = "    with common.exit_status():\n        train(common.parse(Config, __doc__))\n"
 
 
 def source(script: str) -> str:
     return (ROOT / f"{script}.py").read_text()
 
 
+def block(script: str, name: str) -> list[str]:
+    """The lines of a block of text that scripts share."""
+    if name == "Config":
+        return shared_settings(script)
+    if name == "train, to the loop":
+        lines = function(script, "train")
+        return lines[: find_line(lines, "    for step in ") + 1]
+    if name == "train, after the gradient":
+        lines = function(script, "train")
+        return lines[find_line(lines, "        grad_norm = ") :]
+    return function(script, name)
+
+
+def find_line(lines: list[str], start: str) -> int:
+    """The only line that starts like this."""
+    found = [number for number, line in enumerate(lines) if line.startswith(start)]
+    assert len(found) == 1, f"{len(found)} lines start with {start!r}"
+    return found[0]
+
+
 def function(script: str, name: str) -> list[str]:
-    """The lines of a top-level function, decorators and docstring included."""
+    """The lines of a top-level function, with decorators and docstring."""
     text = source(script)
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            return text.splitlines()[first - 1 : node.end_lineno]
+            start = node.lineno
+            for decorator in node.decorator_list:
+                start = min(start, decorator.lineno)
+            return text.splitlines()[start - 1 : node.end_lineno]
     raise AssertionError(f"{script}.py has no function {name}")
 
 
 def shared_settings(script: str) -> list[str]:
-    """The lines of Config up to the comment that opens the script's own settings, or its checks."""
+    """The lines of Config before the comment "NAME's own", or before its checks if it has none.
+
+    The default of `out`, which names the script, is left out.
+    """
     lines = source(script).splitlines()
     start = lines.index("class Config:")
-    stop = next(
-        i
-        for i in range(start, len(lines))
-        if re.search("# .*'s own$", lines[i]) or "def __post_init__" in lines[i]
-    )
-    block = [line for line in lines[start:stop] if line]
-    return [re.sub(r'"runs/\w+"', '"runs/..."', line) for line in block]
+    settings = []
+    for line in lines[start:]:
+        if re.fullmatch(r"    # .*'s own", line) or "def __post_init__" in line:
+            break
+        settings.append(re.sub(r'"runs/\w+"', '"runs/..."', line))
+    while settings[-1] == "":
+        settings.pop()
+    return settings
 
 
 def difference(theirs: list[str], ours: list[str]) -> list[str]:
-    """The lines that differ, with - for what the first has and + for what the second has."""
+    """The lines that differ, with - for those of the first and + for those of the second."""
     lines = list(difflib.unified_diff(theirs, ours, lineterm="", n=0))[2:]
     return [line for line in lines if not line.startswith("@@")]
 
 
-PAIRS = [
-    (name.strip(), scripts[0], script) for name, scripts in SHARED.items() for script in scripts[1:]
-]
-PAIRS += [
-    (name.strip(), parent, copy)
-    for copy, parent in COPIES.items()
-    for name, scripts in SHARED.items()
-    if parent in scripts
-]
+def comparisons() -> list[tuple[str, str, str]]:
+    """A block, the script that it is compared with, and the script: all that must be alike."""
+    found = []
+    for name, groups in SHARED.items():
+        for group in groups:
+            for script in group[1:]:
+                found.append((name, group[0], script))
+            for copy, parent in COPIES.items():
+                if parent in group:
+                    found.append((name, parent, copy))
+    return found
 
 
-@pytest.mark.parametrize("name, first, script", PAIRS)
-def test_shared_function_is_the_same_text(name, first, script):
-    found = difference(function(first, name), function(script, name))
+def all_scripts() -> list[tuple[str, bool]]:
+    """Every script, and whether it is on the new core."""
+    found = []
+    for script in [*SCRIPTS, *OLD_SCRIPTS, *COPIES]:
+        root = COPIES.get(script, script)
+        found.append((script, root in SCRIPTS))
+    return found
+
+
+@pytest.mark.parametrize("name, first, script", comparisons())
+def test_shared_text(name, first, script):
+    found = difference(block(first, name), block(script, name))
     assert found == ALLOWED.get((name, script), []), (
-        f"{name} of {script}.py differs from {first}.py's (python tests/test_alike.py):\n"
+        f"{name}: {script}.py differs from {first}.py (python tests/test_alike.py):\n"
         + "\n".join(found)
     )
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS[1:], *COPIES])
-def test_shared_settings_are_the_same_text(script):
-    found = difference(shared_settings(SCRIPTS[0]), shared_settings(script))
-    assert not found, "settings differ (python tests/test_alike.py):\n" + "\n".join(found)
+def test_allowed_is_used():
+    """A mistyped name in ALLOWED would allow nothing, and not be noticed."""
+    compared = {(name, script) for name, _, script in comparisons()}
+    assert ALLOWED.keys() <= compared
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *COPIES])
-def test_a_script_reads_in_the_one_order(script):
+@pytest.mark.parametrize("name", ["kto", "dpo"])
+def test_shared_text_is_all_there(name):
+    """A block that ends too early would compare nothing."""
+    assert block(name, "Config")[-1].startswith("    activation_checkpointing:")
+    assert block(name, "train, to the loop")[0].startswith("def train(")
+    assert len(block(name, "train, to the loop")) > 20
+    assert block(name, "train, after the gradient")[-1] == "    run.export(policy)"
+
+
+@pytest.mark.parametrize("script, is_new", all_scripts())
+def test_order(script, is_new):
     text = source(script)
-    landmarks = [
-        '"""',
-        "import common",
-        "class Config:",
-        f"def {Path(script).name}_loss(",
-        "def make_examples(",
-    ]
-    landmarks += ["def global_batch(", "def micro_batch_losses(", "def summarise(", "def evaluate("]
-    landmarks += ["def train(", 'if __name__ == "__main__":']
-    places = [text.index(landmark) for landmark in landmarks]
+    lines = text.splitlines()
+    places = []
+    for landmark in ORDER if is_new else OLD_ORDER:
+        landmark = landmark.replace("NAME", script.rpartition("/")[2])
+        found = [number for number, line in enumerate(lines) if line.startswith(landmark)]
+        assert found, f"no {landmark}"
+        places.append(found[0])
+    assert places[0] == 0
     assert places == sorted(places)
-    tail = "    with common.exit_status():\n        train(common.parse(Config, __doc__))\n"
-    assert text.endswith(tail)
-    # Alone but for common: nothing else of the project is imported.
-    imported = re.findall(r"^(?:from|import) (\w+)", text, re.M)
-    assert not {"archangel", *SCRIPTS} & set(imported)
-
-
-def code_lines(script: str) -> int:
-    """Lines that hold code: no docstring, no comment, no blank."""
-    text, lines = source(script), set()
-    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in (*silent, tokenize.ENDMARKER):
-            lines |= set(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-            node
-        ):
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(lines)
-
-
-@pytest.mark.parametrize("script, most", SIZES.items())
-def test_a_file_still_fits_in_a_head(script, most):
-    assert code_lines(script) <= most, "look for what should not be there"
+    assert text.endswith(MAIN if is_new else OLD_MAIN)
 
 
 if __name__ == "__main__":
-    for name, first, script in PAIRS:
+    for name, first, script in comparisons():
         print(f"\n{name}: {first}.py and {script}.py")
-        print("\n".join(difference(function(first, name), function(script, name))) or "the same")
-    for script in SIZES:
-        print(f"{script}.py: {code_lines(script)} lines of code")
-    for script in [*SCRIPTS[1:], *COPIES]:
-        print(f"\nConfig: {SCRIPTS[0]}.py and {script}.py")
-        print("\n".join(difference(shared_settings("kto"), shared_settings(script))) or "the same")
+        print("\n".join(difference(block(first, name), block(script, name))) or "the same")

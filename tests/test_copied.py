@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import common
+from archangel.records import TOY
 from kto import kl_from_other_half, kto_loss
 
 ROOT = Path(common.__file__).parent
@@ -43,7 +44,7 @@ def test_copied_loop_trains_with_the_two_functions_and_nothing_else_of_the_proje
     (tmp_path / "program.py").write_text(marked("copied loop"))
     weights = tmp_path / "archangel" / "toy_world"
     weights.mkdir(parents=True)
-    (weights / "model").symlink_to(common.TOY / "model")
+    (weights / "model").symlink_to(TOY / "model")
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "program.py"],
@@ -64,12 +65,12 @@ def test_copied_loop_gives_the_log_probabilities_of_the_trainers():
     """Its one dense line against common's."""
     namespace = {}
     quick = marked("copied loop").replace("range(10)", "range(1)")
-    here = quick.replace('"archangel/toy_world/model"', repr(str(common.TOY / "model")))
+    here = quick.replace('"archangel/toy_world/model"', repr(str(TOY / "model")))
     exec(here, namespace)
-    model = AutoModelForCausalLM.from_pretrained(common.TOY / "model")
+    model = AutoModelForCausalLM.from_pretrained(TOY / "model")
     examples = [{"prompt_ids": ids[:2], "completions_ids": [ids[2:]]} for ids in namespace["ids"]]
     batch = common.make_batch(examples)
-    expected = batch.sum(common.completion_logps(model, batch))
+    expected = batch.sum_completions(common.completion_logps(model, batch))
     torch.testing.assert_close(namespace["logps"], expected, rtol=1e-5, atol=0)
 
 
@@ -130,7 +131,7 @@ def test_trl_trains_with_the_loss_of_this_project(tmp_path):
 
     namespace = {}
     exec(marked("copied into trl"), namespace)
-    tokenizer = AutoTokenizer.from_pretrained(common.TOY / "model")
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
     rows = [dict(zip(("prompt", "completion", "label"), row)) for row in ROWS]
     trainer = namespace["ReportKTOTrainer"](
         model=tiny(tokenizer),

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from archangel import data
-from common import UserError
+from archangel.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 HH = ROOT / "tests" / "data" / "hh.jsonl"
@@ -496,7 +496,7 @@ def test_read_hub_maps_splits(monkeypatch):
 
 
 def test_offline_says_what_to_do(tmp_path):
-    code = "import archangel.data as d, common\nwith common.exit_status(): d.prepare()"
+    code = "import archangel.data as d, common_v1\nwith common_v1.exit_status(): d.prepare()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

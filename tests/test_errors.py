@@ -1,108 +1,106 @@
-"""Whatever is wrong with what the user gave is said in one line, before a model is loaded."""
+"""What is wrong with what the user gave is said in one line, before a model is loaded."""
 
 import json
-import os
-import runpy
 import shutil
-import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import transformers
+from helpers import change_json, command_here, copy_toy_model, error_line, fork, to_flags
+from transformers.models.llama4 import Llama4TextConfig
 
-import common
+from archangel import run
 
-ROOT = Path(common.__file__).parent
 PAIR = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello.", "rejected": " Go."}
-GOOD = {"prompt": PAIR["prompt"], "completion": " Hello.", "label": True}
-BAD = {**GOOD, "completion": " Go.", "label": False}
-ALL = ["sft", "dpo", "slic", "ppo_offline", "kto"]
-PAIRED, UNPAIRED = ["dpo", "slic"], ["ppo_offline", "kto"]
+DESIRABLE = {"prompt": PAIR["prompt"], "completion": " Hello.", "label": True}
+UNDESIRABLE = {"prompt": PAIR["prompt"], "completion": " Go.", "label": False}
+SCRIPTS = ["dpo", "kto"]
 
 
-def row_case(row, *words):
-    """Rows of which the second is wrong; the message names file and row, and has these words."""
-    text = row if isinstance(row, str) else json.dumps(row)
-    return {"rows": json.dumps(PAIR) + "\n" + text + "\n"}, ["rows.jsonl, row 2", *words]
+def without(record: dict, column: str) -> dict:
+    return {name: value for name, value in record.items() if name != column}
 
 
-def without(row: dict, field: str) -> dict:
-    return {name: value for name, value in row.items() if name != field}
+def record_case(record, *words) -> tuple[dict, list[str]]:
+    """A file whose second record is wrong. The line names it, and has these words."""
+    text = record if isinstance(record, str) else json.dumps(record)
+    given = {"records": json.dumps(PAIR) + "\n" + text + "\n"}
+    return given, ["records.jsonl, row 2", *words]
 
 
-# (name, scripts, what to give, words that the line must have)
+# (name, scripts, what is given, words that the line must have)
 CASES = [
-    ("missing file", ALL, {"data": "no/such.jsonl"}, ["no/such.jsonl"]),
-    ("folder without rows", ALL, {"data": "empty"}, ["empty/train.jsonl"]),
-    ("file without rows", ALL, {"rows": "\n\n"}, ["rows.jsonl", "no rows"]),
-    ("not JSON", ["kto"], *row_case("{")),
-    ("no object", ALL, *row_case([1, 2], "JSON object")),
-    ("field missing", ALL, *row_case(without(PAIR, "prompt"), "prompt", "needs")),
-    ("empty completion", ALL, *row_case({**PAIR, "chosen": ""}, "chosen is empty")),
-    ("blank completion", ["kto"], *row_case({**BAD, "completion": " \n"}, "completion is empty")),
-    ("text that is a number", ALL, *row_case({**PAIR, "rejected": 3}, "rejected must be text")),
-    ("text that is a list", ["kto"], *row_case({**PAIR, "prompt": ["Hi"]}, "prompt must be text")),
-    ("text that is none", ["sft"], *row_case({**PAIR, "target": None}, "target must be text")),
+    ("missing file", SCRIPTS, {"data": "no/such.jsonl"}, ["no/such.jsonl"]),
+    ("folder without records", SCRIPTS, {"data": "empty"}, ["empty/train.jsonl"]),
+    ("file without records", SCRIPTS, {"records": "\n\n"}, ["records.jsonl", "no rows"]),
+    ("not JSON", ["kto"], *record_case("{")),
+    ("no object", SCRIPTS, *record_case([1, 2], "JSON object")),
+    ("column missing", SCRIPTS, *record_case(without(PAIR, "prompt"), "prompt", "needs")),
+    ("empty completion", SCRIPTS, *record_case({**PAIR, "chosen": ""}, "chosen is empty")),
+    ("blank completion", ["kto"], *record_case({**DESIRABLE, "completion": " \n"}, "is empty")),
+    ("number as text", SCRIPTS, *record_case({**PAIR, "rejected": 3}, "rejected must be text")),
+    ("list as text", ["kto"], *record_case({**PAIR, "prompt": ["Hi"]}, "prompt must be text")),
+    ("null as text", ["sft"], *record_case({**PAIR, "target": None}, "target must be text")),
     (
         "half a character",
         ["dpo"],
-        *row_case('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}'),
+        *record_case('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}'),
     ),
-    ("label 1", UNPAIRED, *row_case({**GOOD, "label": 1}, "label must be true or false")),
-    ("label as text", UNPAIRED, *row_case({**GOOD, "label": "true"}, "label must be")),
-    ("unpaired rows", PAIRED, *row_case(GOOD, "needs {prompt, chosen, rejected}")),
-    ("supervised rows", UNPAIRED, *row_case(without(GOOD, "label"), "needs", "label")),
-    ("only desirable", UNPAIRED, {"rows": json.dumps(GOOD)}, ["rows.jsonl", "True", "sft.py"]),
-    ("only undesirable", [*UNPAIRED, "sft"], {"rows": json.dumps(BAD)}, ["rows.jsonl", "False"]),
-    ("one prompt", ["kto"], {"kl": "mismatched"}, ["rows.jsonl", "two different prompts"]),
-    ("unknown flag", ALL, {"betta": 1}, ["--betta"]),
+    ("label 1", ["kto", "ppo_offline"], *record_case({**DESIRABLE, "label": 1}, "true or false")),
+    ("label as text", ["kto"], *record_case({**DESIRABLE, "label": "true"}, "true or false")),
+    ("unpaired records", ["dpo", "slic"], *record_case(DESIRABLE, "{prompt, chosen, rejected}")),
+    ("supervised records", ["kto"], *record_case(without(DESIRABLE, "label"), "needs", "label")),
+    ("only desirable", ["kto"], {"records": json.dumps(DESIRABLE)}, ["True", "sft.py"]),
+    ("only undesirable", ["kto", "sft"], {"records": json.dumps(UNDESIRABLE)}, ["False"]),
+    ("one prompt", ["kto"], {"kl": "mismatched"}, ["records.jsonl", "two different prompts"]),
+    ("unknown flag", SCRIPTS, {"betta": 1}, ["--betta"]),
     ("flag cut short", ["kto"], {"max_step": 1}, ["--max_step"]),
     ("no such choice", ["kto"], {"kl": "some"}, ["--kl", "other_half"]),
-    ("not a number", ["sft"], {"lr": "fast"}, ["--lr", "fast"]),
-    ("beta 0", ["kto", "dpo", "slic"], {"beta": 0}, ["--beta 0", "above 0"]),
+    ("not a number", SCRIPTS, {"lr": "fast"}, ["--lr", "fast"]),
+    ("beta 0", [*SCRIPTS, "slic"], {"beta": 0}, ["--beta 0", "above 0"]),
     ("beta nan", ["kto"], {"beta": "nan"}, ["--beta nan"]),
+    ("weight 0", ["kto"], {"desirable_weight": 0}, ["--desirable_weight 0", "above 0"]),
     ("epsilon 2", ["ppo_offline"], {"epsilon": 2}, ["--epsilon 2", "at most 1"]),
-    ("negative lr", ALL, {"lr": -1}, ["--lr -1"]),
-    ("negative steps", ["sft"], {"max_steps": -1}, ["--max_steps -1"]),
-    ("no batch", ALL, {"batch_size": 0}, ["--batch_size 0"]),
-    ("odd batch", UNPAIRED, {"batch_size": 5}, ["--batch_size 5", "even"]),
-    ("length 1", ALL, {"max_length": 1, "max_prompt_length": 1}, ["--max_prompt_length 1"]),
-    ("prompt as long as all", ALL, {"max_prompt_length": 2048}, ["--max_prompt_length 2048"]),
-    ("too few tokens at once", ALL, {"micro_batch_tokens": 9}, ["--micro_batch_tokens 9", "needs"]),
-    ("folder in use", ALL, {"out": "used"}, ["--out used", "--resume"]),
-    ("folder is a file", ["sft"], {"out": "file"}, ["--out file"]),
-    ("no such model folder", ALL, {"model": "./none"}, ["--model ./none"]),
-    ("hub id, offline", ALL, {"model": "someone/some-model"}, ["--model someone/some-model"]),
+    ("negative lr", SCRIPTS, {"lr": -1}, ["--lr -1"]),
+    ("negative steps", SCRIPTS, {"max_steps": -1}, ["--max_steps -1"]),
+    ("no batch", SCRIPTS, {"batch_size": 0}, ["--batch_size 0"]),
+    ("odd batch", ["kto", "ppo_offline"], {"batch_size": 5}, ["--batch_size 5", "even"]),
+    ("length 1", SCRIPTS, {"max_length": 1, "max_prompt_length": 1}, ["--max_prompt_length 1"]),
+    ("long prompt", SCRIPTS, {"max_prompt_length": 2048}, ["--max_prompt_length 2048"]),
+    ("few tokens", SCRIPTS, {"micro_batch_tokens": 9}, ["--micro_batch_tokens 9", "needs"]),
+    ("few positions", SCRIPTS, {"model": "short"}, ["--max_length", "the model takes 4"]),
+    ("folder in use", SCRIPTS, {"out": "used"}, ["--out used", "--resume"]),
+    ("folder is a file", SCRIPTS, {"out": "file"}, ["--out file"]),
+    ("no such model folder", SCRIPTS, {"model": "./none"}, ["--model ./none"]),
+    ("hub id, offline", SCRIPTS, {"model": "someone/some-model"}, ["--model someone/some-model"]),
     ("short name, offline", ["kto"], {"model": "pythia-1.4b"}, ["--model pythia-1.4b"]),
-    ("the default data, offline", ["kto"], {"data": "archangel"}, ["archangel"]),
-    ("no safetensors", ALL, {"model": "pickled"}, ["pickled", ".safetensors"]),
-    ("weights cut short", ["kto"], {"model": "torn"}, ["torn/model.safetensors"]),
-    ("no end of sequence", ALL, {"model": "endless"}, ["endless", "end-of-sequence"]),
-    ("no model at all", ["dpo"], {"model": None}, ["--model"]),
-    ("not a language model", ["dpo"], {"model": "vision"}, ["vision", "vit"]),
+    ("default data, offline", ["kto"], {"data": "archangel"}, ["archangel"]),
+    ("no safetensors", SCRIPTS, {"model": "pickled"}, ["pickled", ".safetensors"]),
+    ("weights cut short", SCRIPTS, {"model": "torn"}, ["torn/model.safetensors"]),
+    ("adapter", SCRIPTS, {"model": "adapted"}, ["adapted/adapter_model.safetensors", "adapter"]),
+    ("bitsandbytes", SCRIPTS, {"model": "bitsandbytes"}, ["quantized (bitsandbytes)"]),
+    ("gptq", SCRIPTS, {"model": "gptq"}, ["quantized (gptq)"]),
+    ("no end of sequence", SCRIPTS, {"model": "endless"}, ["endless", "end-of-sequence"]),
+    ("no model at all", SCRIPTS, {"model": None}, ["--model"]),
+    ("not a language model", SCRIPTS, {"model": "vision"}, ["vision", "vit"]),
 ]
+CASE_LIST = []
+for name, scripts, given, words in CASES:
+    for script in scripts:
+        CASE_LIST.append(pytest.param(script, given, words, id=f"{name}-{script}"))
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder to stand in, with what is wrong in it; no model may be loaded from there."""
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder to stand in, with what is wrong in it. No model may be loaded from there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HALOS_CACHE", str(tmp_path.parent / "cache"))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "run.json").write_text("{}")
-    (tmp_path / "file").write_text("")
-    model = common.TOY / "model"
-    for name in ("pickled", "torn", "endless", "vision"):
-        shutil.copytree(model, tmp_path / name)
-    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
-    weights = (model / "model.safetensors").read_bytes()
-    (tmp_path / "torn" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    settings.pop("eos_token")
-    (tmp_path / "endless" / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "vision" / "config.json").write_text('{"model_type": "vit"}')
+    Path("empty").mkdir()
+    Path("used").mkdir()
+    Path("used/run.json").write_text("{}")
+    Path("file").write_text("")
 
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
@@ -111,44 +109,112 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def flags(given: dict) -> list[str]:
-    values = {"model": "toy", "data": "rows.jsonl", "out": "out"} | given
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+def make_model(name: str) -> None:
+    """Make the folder of a model with which something is wrong."""
+    folder = Path(name)
+    copy_toy_model(folder)
+    weights = folder / "model.safetensors"
+    if name == "pickled":
+        weights.rename(folder / "pytorch_model.bin")
+    if name == "torn":
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[: len(whole) // 2])
+    if name == "adapted":
+        shutil.copy(weights, folder / "adapter_model.safetensors")
+    if name == "bitsandbytes":
+        quantization = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+        change_json(folder / "config.json", quantization_config=quantization)
+    if name == "gptq":
+        quantization = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+        change_json(folder / "config.json", quantization_config=quantization)
+    if name == "endless":
+        change_json(folder / "tokenizer_config.json", eos_token=None)
+    if name == "vision":
+        (folder / "config.json").write_text('{"model_type": "vit"}')
+    if name == "short":
+        change_json(folder / "config.json", max_position_embeddings=4)
+    if name == "llama4":
+        config = Llama4TextConfig(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=64,
+            intermediate_size_mlp=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            architectures=["Llama4ForCausalLM"],
+        )
+        config.save_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "script, given, words",
-    [
-        pytest.param(script, given, words, id=f"{name}-{script}")
-        for name, scripts, given, words in CASES
-        for script in scripts
-    ],
-)
-def test_wrong_things_are_named_in_one_line(script, given, words, place, monkeypatch, capsys):
-    given = dict(given)
-    Path("rows.jsonl").write_text(given.pop("rows", json.dumps(PAIR)))
+MODELS = ["pickled", "torn", "adapted", "bitsandbytes", "gptq", "endless", "vision", "short"]
+
+
+def write_given(given: dict) -> dict:
+    """Write the files that a case needs. Returns the settings that it is called with."""
+    settings = {"model": "toy", "data": "records.jsonl", **given}
+    records = settings.pop("records", json.dumps(PAIR))
+    Path("records.jsonl").write_text(records)
+    if settings["model"] in MODELS:
+        make_model(settings["model"])
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+@pytest.mark.parametrize("script, given, words", CASE_LIST)
+def test_one_line(script, given, words, place, capsys):
+    settings = write_given(given)
     before = sorted(place.rglob("*"))
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags(given)])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-    assert stopped.value.code == 2
+    assert command_here(script, settings.pop("out", "out"), **settings) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert all(word in lines[0] for word in words), lines[0]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
     assert sorted(place.rglob("*")) == before
 
 
-def test_under_torchrun_each_worker_ends_with_the_line(place):
-    Path("rows.jsonl").write_text(json.dumps(GOOD))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["--log-dir=logs", "--redirects=3", str(ROOT / "kto.py"), *flags({})]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=dict(os.environ), timeout=120
-    )
-    assert done.returncode != 0
-    said = [file.read_text().strip() for file in Path("logs").rglob("stderr.log")]
-    ends = [text.splitlines()[-1] for text in said if text]  # the second may be ended before it
-    assert any(end.startswith("error: --data rows.jsonl: every label is True") for end in ends), (
-        ends
-    )
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_base_model_is_the_model_itself(script, place, capsys):
+    """Llama 4's text model is refused before its weights are read. The data was summarized then."""
+    make_model("llama4")
+    settings = write_given({"model": "llama4"})
+    assert command_here(script, "out", **settings) == 2
+    line = error_line(capsys.readouterr().err)
+    assert "--model llama4" in line
+    assert "llama4_text" in line
+    assert "base_model" in line
     assert not Path("out").exists()
+
+
+def test_several_processes(place):
+    """Each of them ends with the line."""
+    settings = write_given({"records": json.dumps(DESIRABLE)})
+    for process in fork("kto", [["--out", "out", *to_flags(settings)]] * 2):
+        assert process.wait() == 2
+        (line,) = process.stderr.splitlines()
+        assert line.startswith("error: --data records.jsonl: every label is True")
+    assert not Path("out").exists()
+
+
+@dataclass
+class PlainConfig:
+    """Settings, some without the comment that --help prints."""
+
+    model: str
+    beta: float = 0.5
+    epochs: int = 1  # passes over the data
+    resume: bool = False
+
+
+def test_settings_without_a_comment(monkeypatch, capsys):
+    command = ["script.py", "--model", "toy", "--beta", "2", "--resume"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert run.parse_args(PlainConfig, "") == PlainConfig("toy", 2.0, 1, True)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        run.parse_args(PlainConfig, "")
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "(default: 0.5)" in printed
+    assert "passes over the data (default: 1)" in printed

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub.constants
 import pytest
 
-import common
+import common_v1 as common
 from archangel import judge, sample, toy
 
 SECRET = "sk-a-key-that-nobody-may-see"

@@ -1,7 +1,7 @@
-"""A run that is killed at any moment goes on as if it had not been.
+"""A run that is killed at any moment, or stopped by a signal, resumes as if it had not been.
 
-The short form kills one script a few times; HALOS_LONG=1 python -m pytest -s tests/test_kills.py
-kills each at least 20 times and prints how often it was killed at which moment.
+HALOS_LONG=1 python -m pytest -s tests/test_kills.py kills every script at least 20 times. It prints
+how often each was killed at which moment.
 """
 
 import contextlib
@@ -16,129 +16,137 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from helpers import (
+    ROOT,
+    Forked,
+    assert_same_weights,
+    clean_environment,
+    fork,
+    read_metrics,
+    run_forked,
+    to_flags,
+    write_toy_folder,
+)
 
-import common
-
-ROOT = Path(common.__file__).parent
 LONG = bool(os.environ.get("HALOS_LONG"))
-SCRIPTS = ["sft", "dpo", "slic", "ppo_offline", "kto"] if LONG else ["kto"]
-KILLS = 20 if LONG else 4  # at least, of each script
+OLD_SCRIPTS = ["sft", "slic", "ppo_offline"]  # on common_v1.py, tried in the long form only
+SCRIPTS = ["dpo", "kto", *OLD_SCRIPTS] if LONG else ["dpo", "kto"]
+KILLS = 20 if LONG else 5  # of each script, at least
+NUM_STEPS = 12
 SAVE_EVERY = 2
-# What changes, beside the run's folder or in it, when a run has come so far, in the order in which
-# it comes; and the most seconds until the kill, drawn at random. A checkpoint takes some 50 ms to
-# write, the model 10, a step 30 to 100.
-MOMENTS = {
-    "the reference pass, the column": ("reference/*", 0.002),
-    "claiming the folder": ("run/run.json", 0.05),
-    "a step": ("run/metrics.jsonl", 0.4),
-    "writing a checkpoint": ("run/checkpoints/*.partial", 0.05),
-    "after a checkpoint": ("run/checkpoints/step_" + "[0-9]" * 8, 0.2),
-    "writing the model": ("run/model.partial", 0.01),
+BASE = {
+    "model": "toy",
+    "lr": 1e-4,
+    "warmup_steps": 3,
+    "batch_size": 8,
+    "max_steps": NUM_STEPS,
+    "save_every": SAVE_EVERY,
+    "resume": True,
 }
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# The files that change when a run has come to a moment, in the order in which it comes to them, and
+# the most seconds until it is killed, drawn at random. It takes some 50 ms to write a checkpoint,
+# 10 to write the model, and 30 to 100 for a step.
+CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 8
+MOMENTS = {
+    "claiming the folder": ("run.json", 0.05),
+    "the reference pass": ("reference_logps_*", 0.002),
+    "a step": ("metrics.jsonl", 0.4),
+    "writing a checkpoint": ("checkpoints/*.partial", 0.05),
+    "after a checkpoint": (CHECKPOINTS, 0.2),
+    "writing the model": ("model.partial", 0.01),
+}
+OLD_MOMENTS = {name: moment for name, moment in MOMENTS.items() if "reference" not in name}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    lines = (common.TOY / "data" / "train.jsonl").read_text().splitlines()[:120]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+def data(tmp_path_factory) -> str:
+    return write_toy_folder(tmp_path_factory.mktemp("data"), train=120)
 
 
-def command(script: str, data: Path, out: Path, processes: int = 0) -> list[str]:
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [f"--nproc_per_node={processes}"]
-    settings = {"model": "toy", "data": data, "out": out, "lr": 1e-4, "warmup_steps": 3}
-    settings |= {"batch_size": 8, "max_steps": 12, "save_every": SAVE_EVERY}
-    flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    return [*launcher, str(ROOT / f"{script}.py"), *flags, "--resume"]
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """The folder of a script's run that nothing happens to."""
+    runs = {}
+
+    def run(script: str, processes: int = 0) -> Path:
+        if (script, processes) not in runs:
+            out = tmp_path_factory.mktemp("straight") / "run"
+            run_forked(script, out, processes=processes, data=data, **BASE)
+            runs[script, processes] = out
+        return runs[script, processes]
+
+    return run
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        words,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def flags(data: str, out: Path) -> list[str]:
+    return ["--out", str(out), *to_flags({**BASE, "data": data})]
 
 
-def there(out: Path, pattern: str) -> set[tuple[Path, int]]:
-    """Files of the pattern beside `out` or in it, with when they last changed."""
+def find(out: Path, pattern: str) -> set[tuple[Path, int]]:
+    """The files of a run that have this pattern, and when they last changed."""
     found = set()
-    for path in out.parent.glob(pattern):
-        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+    for path in out.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # it was renamed meanwhile
             found.add((path, path.stat().st_ctime_ns))
     return found
 
 
-def wait_for(out: Path, pattern: str, process: subprocess.Popen, before=frozenset()) -> None:
-    """Until a file of the pattern is there that was not `before`, or the process has ended."""
+def wait_for(out: Path, pattern: str, is_running, before: set = frozenset()) -> None:
+    """Wait for a file of the pattern that was not there `before`, or for the end of the run."""
     deadline = time.monotonic() + 120
-    while process.poll() is None and not there(out, pattern) - before:
+    while is_running() and not find(out, pattern) - before:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
-def finish(words: list[str]) -> None:
-    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def steps(out: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record["step"] for record in read_metrics(out)]
 
 
-def kill(words: list[str], out: Path, moment: str, rng: random.Random) -> bool:
-    """Start a run and kill it at this moment, or a little later. False: it was faster."""
-    pattern, spread = MOMENTS[moment]
-    before = there(out, pattern)  # a killed run may have left such a file
-    process = start(words)
-    wait_for(out, pattern, process, before)
+def kill(script: str, data: str, out: Path, moment: tuple, rng: random.Random) -> bool:
+    """Start a run and kill it at a moment, or a little later. False if it was faster."""
+    pattern, spread = moment
+    before = find(out, pattern)  # a killed run may have left such a file
+    run = Forked(ROOT / f"{script}.py", flags(data, out), {})
+    wait_for(out, pattern, run.is_running, before)
     time.sleep(rng.uniform(0, spread))
-    killed = process.poll() is None
-    if killed:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    return killed
+    if run.is_running():
+        run.send(signal.SIGKILL)
+    status = run.wait()
+    assert status in (0, -signal.SIGKILL), run.stderr
+    return status == -signal.SIGKILL
 
 
 def steps_to_do_again(out: Path) -> int:
-    """Steps that a killed run had done and that its last whole checkpoint does not hold."""
-    lines = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
-    done = [json.loads(line)["step"] for line in lines.split("\n") if line.endswith("}")]
-    saved = [int(path.name[5:]) for path, _ in there(out, "run/checkpoints/step_" + "[0-9]" * 8)]
-    return max(done, default=0) - max(saved, default=0)
+    """Steps that a killed run had done, and that its last complete checkpoint does not hold."""
+    done = [0]
+    path = out / "metrics.jsonl"
+    if path.exists():
+        for line in path.read_text().split("\n"):
+            if line.endswith("}"):
+                done.append(json.loads(line)["step"])
+    saved = [0]
+    for checkpoint, _ in find(out, CHECKPOINTS):
+        saved.append(int(checkpoint.name.removeprefix("step_")))
+    return max(done) - max(saved)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_runs_end_in_the_weights_of_one_that_was_not(script, data, tmp_path):
-    straight = tmp_path / "straight" / "run"
-    finish(command(script, data, straight))
-    ours = load_file(straight / "model.safetensors")
+def test_sigkill(script, data, straight, tmp_path):
     rng = random.Random(script)
-    moments = [moment for moment in MOMENTS if script not in ("sft", "slic") or "ref" not in moment]
     kills = Counter()
-    for attempt in range(10):  # each begins anew, to be killed at every moment
-        killed = tmp_path / f"killed{attempt}" / "run"
-        words = command(script, data, killed)
-        for moment in moments:
-            kills[moment] += kill(words, killed, moment, rng)
-            assert steps_to_do_again(killed) <= SAVE_EVERY
-        finish(words)
-        theirs = load_file(killed / "model.safetensors")
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        assert steps(killed) == steps(straight) == list(range(1, 13))
-        assert not list(killed.glob("**/*.partial"))
-        assert [p.name for p in (killed / "checkpoints").iterdir()] == ["step_00000012"]
+    for attempt in range(10):  # each begins anew, and is killed at every moment
+        out = tmp_path / str(attempt) / "run"
+        moments = OLD_MOMENTS if script in OLD_SCRIPTS else MOMENTS
+        for name, moment in moments.items():
+            kills[name] += kill(script, data, out, moment, rng)
+            assert steps_to_do_again(out) <= SAVE_EVERY
+        run_forked(script, out, data=data, **BASE)
+        assert_same_weights(straight(script), out)
+        assert steps(out) == steps(straight(script)) == list(range(1, NUM_STEPS + 1))
+        assert not list(out.glob("**/*.partial"))
+        (checkpoint,) = (out / "checkpoints").iterdir()
+        assert checkpoint.name == f"step_{NUM_STEPS:08d}"
         if kills.total() >= KILLS:
             break
     print(f"\n{script}: {kills.total()} kills: {dict(kills)}")
@@ -146,34 +154,48 @@ def test_killed_runs_end_in_the_weights_of_one_that_was_not(script, data, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_first_and_loses_no_step(number, data, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_signal(number, processes, data, straight, tmp_path):
+    """Saves, ends with status 75, and loses no step; one of two processes gets it first."""
     out = tmp_path / "run"
-    process = start(command("dpo", data, out))
-    wait_for(out, "run/checkpoints/step_00000002", process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    if process.returncode == 0:
+    runs = fork("kto", [flags(data, out)] * processes)
+    wait_for(out, "checkpoints/step_00000002", runs[0].is_running)
+    runs[-1].send(number)
+    statuses = [run.wait() for run in runs]
+    if not any(statuses):
         pytest.skip("it was faster than the signal")
-    assert process.returncode == 75
-    assert "go on with --resume" in errors.splitlines()[-1]
+    assert statuses == [75] * processes, runs[0].stderr
+    assert "--resume" in runs[0].stderr.splitlines()[-1]
+    assert not (out / "model.safetensors").exists()
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert checkpoint.name == f"step_{steps(out)[-1]:08d}"
-    finish(command("dpo", data, out))
-    assert steps(out)[-1] == 12 and len(set(steps(out))) == len(steps(out))
+    run_forked("kto", out, processes=processes, data=data, **BASE)
+    assert steps(out) == list(range(1, NUM_STEPS + 1))
+    assert_same_weights(straight("kto", processes), out)
 
 
-def test_one_of_two_processes_killed_ends_the_other(data, tmp_path):
+def test_one_of_two_processes_is_killed(data, tmp_path):
+    """torchrun ends the other one, and the run resumes."""
     out = tmp_path / "run"
-    process = start(command("kto", data, out, processes=2))
-    wait_for(out, "run/checkpoints/step_00000002", process)
-    workers = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "kto.py"), *flags(data, out)]
+    launcher = subprocess.Popen(
+        command,
+        env=clean_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(out, "checkpoints/step_00000002", lambda: launcher.poll() is None)
+    children = subprocess.run(
+        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True
     ).stdout.split()
-    assert len(workers) == 2
-    os.kill(int(workers[1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and "SIGKILL" in errors
-    for worker in workers:
-        assert not Path(f"/proc/{worker}").exists()
-    finish(command("kto", data, out, processes=2))
-    assert steps(out)[-1] == 12
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, stderr = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    assert "SIGKILL" in stderr
+    for child in children:
+        assert not Path(f"/proc/{child}").exists()
+    run_forked("kto", out, processes=2, data=data, **BASE)
+    assert steps(out) == list(range(1, NUM_STEPS + 1))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-import common
+import common_v1 as common
 from archangel import memory
 
 
@@ -94,7 +94,7 @@ def test_a_command_recomputes_only_where_it_must():
 
 
 PROGRAM = """
-import sys, json, torch, common
+import sys, json, torch, common_v1 as common
 from archangel import memory
 from transformers import AutoModelForCausalLM
 sys.path.insert(0, "tests")

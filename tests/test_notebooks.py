@@ -10,7 +10,7 @@ import matplotlib.font_manager  # noqa: F401  (its cache is built here, its noti
 import nbformat
 import pytest
 
-import common
+import common_v1 as common
 
 ROOT = Path(common.__file__).parent
 FOLDER = ROOT / "notebooks"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-import common
+import common_v1 as common
 import kto
 from archangel import judge, sample, suite
 

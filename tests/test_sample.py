@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-import common
+import common_v1 as common
 from archangel import sample, toy
 
 ROWS = sample.read_prompts("toy", 12)

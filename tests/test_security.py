@@ -1,4 +1,4 @@
-"""Nothing that a stranger wrote is run: not what is in rows, a model's folder or a checkpoint."""
+"""Code from others is not run: not what is in records, or in a model's folder."""
 
 import ast
 import io
@@ -9,66 +9,102 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from helpers import (
+    ROOT,
+    TOY,
+    error_line,
+    fork,
+    run_forked,
+    to_flags,
+    train_here,
+    write_records,
+    write_toy_folder,
+)
 
 import common
-import dpo
 from archangel import sample
 
-ROOT = Path(common.__file__).parent
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("archangel/**/*.py"), *ROOT.glob("notebooks/**/*.ipynb")]
 # Modules that load code or start it, and calls that run what they are given.
 MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "runpy", "imp"}
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.hub.load"}
-CALLS |= {"torch.save", "yaml.load", "yaml.unsafe_load", "np.load", "np.save"}
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "torch.hub.load",
+    "torch.save",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "np.load",
+    "np.save",
+}
+ALLOWED = {
+    # It runs a loss's own source, to show that the loss needs nothing else.
+    "notebooks/2_equations_to_code.ipynb": ["exec"],
+    # Checkpoints, which the same user wrote. torch's format has a pickle in it.
+    "archangel/run.py": ["dcp.load", "dcp.save"],
+}
 
 
 def source(path: Path) -> str:
+    """The code of a Python file or a notebook."""
     if path.suffix == ".py":
         return path.read_text()
-    cells = json.loads(path.read_text())["cells"]
-    lines = [line for cell in cells if cell["cell_type"] == "code" for line in cell["source"]]
-    return "\n".join(line.rstrip() for line in lines if not line.startswith(("%", "!")))
+    lines = []
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            lines.extend(line.rstrip() for line in cell["source"])
+    return "\n".join(line for line in lines if not line.startswith(("%", "!")))
 
 
-def dangers(text: str) -> list[str]:
-    """What in the program could run code that it was given."""
+def imported_modules(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return []
+
+
+def find_dangers(text: str) -> list[str]:
+    """What in a program could run code that it is given."""
     found = []
     for node in ast.walk(ast.parse(text)):
-        modules = []
-        if isinstance(node, ast.Import):
-            modules = [name.name for name in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            modules = [node.module or ""]
-        found += [name for name in modules if name.partition(".")[0] in MODULES]
-        if not isinstance(node, ast.Call):
-            continue
-        name, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-        if name in CALLS or name == "torch.load" and given.get("weights_only") != "True":
-            found.append(name)
-        if given.get("trust_remote_code", "False") != "False":
-            found.append("trust_remote_code")
-        if given.get("shell", "False") != "False":
-            found.append("shell")
-        if name.endswith("from_pretrained") and name.startswith("AutoModel"):
-            if "use_safetensors" not in text:
-                found.append(f"{name} without use_safetensors")
-        # torch's default format of a checkpoint has a pickle in it.
-        if name in ("dcp.save", "dcp.load") and not given.keys() & {
-            "storage_writer",
-            "storage_reader",
-        }:
+        for module in imported_modules(node):
+            if module.partition(".")[0] in MODULES:
+                found.append(module)
+        if isinstance(node, ast.Call):
+            found.extend(dangers_of_call(node, text))
+    return found
+
+
+def dangers_of_call(node: ast.Call, text: str) -> list[str]:
+    found = []
+    name = ast.unparse(node.func)
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+    if name in CALLS:
+        found.append(name)
+    if name == "torch.load" and given.get("weights_only") != "True":
+        found.append(name)
+    if given.get("trust_remote_code", "False") != "False":
+        found.append("trust_remote_code")
+    if given.get("shell", "False") != "False":
+        found.append("shell")
+    if name.startswith("AutoModel") and name.endswith("from_pretrained"):
+        if "use_safetensors" not in text:
+            found.append(f"{name} without use_safetensors")
+    if name in ("dcp.save", "dcp.load"):
+        if not given.keys() & {"storage_writer", "storage_reader"}:
             found.append(name)
     return found
 
 
-# It runs a loss's own source, to show that the loss needs nothing else.
-ALLOWED = {"2_equations_to_code.ipynb": ["exec"]}
-
-
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_code_that_could_run_what_it_is_given(path):
-    assert dangers(source(path)) == ALLOWED.get(path.name, [])
+def test_source(path):
+    allowed = ALLOWED.get(str(path.relative_to(ROOT)), [])
+    assert sorted(find_dangers(source(path))) == allowed
 
 
 @pytest.mark.parametrize(
@@ -87,63 +123,61 @@ def test_no_code_that_could_run_what_it_is_given(path):
         "dcp.load(state, checkpoint_id=path)",
     ],
 )
-def test_each_of_them_would_be_found(text):
-    assert len(dangers(text)) == 1
+def test_danger_is_found(text):
+    assert len(find_dangers(text)) == 1
 
 
 # ------------------------------------------------------------------------------ a model's folder
 
-
-def run(tmp_path: Path, **values) -> None:
-    """A short training run in this process."""
-    data = tmp_path / "rows.jsonl"
-    if not data.exists():
-        data.write_text("".join((common.TOY / "data/train.jsonl").open().readlines()[:8]))
-    basic = {"model": "toy", "data": str(data), "out": str(tmp_path / "run"), "batch_size": 4}
-    try:
-        dpo.train(dpo.Config(**basic | {"max_steps": 1} | values))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+BASE = {"model": "toy", "batch_size": 4, "max_steps": 1}
 
 
 @pytest.fixture
-def trap(tmp_path):
-    """A file that tells that code was run, and a program that writes it."""
+def data(tmp_path) -> str:
+    return write_toy_folder(tmp_path, train=8)
+
+
+@pytest.fixture
+def trap(tmp_path) -> tuple[Path, str]:
+    """A file that shows that a program was run, and the program, which writes the file."""
     sprung = tmp_path / "sprung"
     return sprung, f"open({str(sprung)!r}, 'w').close()\n"
 
 
-def model_with_code(folder: Path, program: str, **config) -> Path:
-    """The toy with a program beside it that its settings name."""
-    shutil.copytree(common.TOY / "model", folder)
+def write_model_with_code(folder: Path, program: str, **config) -> str:
+    """The toy with a program beside it, which its settings name."""
+    shutil.copytree(TOY / "model", folder)
     (folder / "code.py").write_text(program + "class Config: pass\nclass Model: pass\n")
     classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    for file, more in {
+    changes = {
         "config.json": {"auto_map": classes, **config},
         "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["code.Model", "code.Model"]}},
-    }.items():
+    }
+    for file, more in changes.items():
         values = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps(values | more))
-    return folder
+        (folder / file).write_text(json.dumps({**values, **more}))
+    return str(folder)
 
 
-def test_a_model_that_needs_its_own_code_is_refused(tmp_path, trap):
+def test_model_that_needs_its_own_code(data, tmp_path, trap):
     sprung, program = trap
-    model = model_with_code(tmp_path / "model", program, model_type="not_in_the_library")
-    for read in (lambda: run(tmp_path, model=str(model)), lambda: sample.load(model)):
-        with pytest.raises(common.UserError, match="custom code") as caught:
-            read()
-        assert len(str(caught.value).splitlines()) == 1
-    assert not sprung.exists() and not (tmp_path / "run").exists()
+    model = write_model_with_code(tmp_path / "model", program, model_type="not_in_the_library")
+    with pytest.raises(common.UserError, match="custom code") as caught:
+        train_here("dpo", tmp_path / "run", data=data, **{**BASE, "model": model})
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(common.UserError, match="custom code"):
+        sample.load(Path(model))
+    assert not sprung.exists()
+    assert not (tmp_path / "run").exists()
 
 
-def test_code_beside_a_model_that_the_library_knows_is_left_alone(tmp_path, trap):
+def test_code_beside_a_known_model(data, tmp_path, trap):
     sprung, program = trap
-    model = model_with_code(tmp_path / "model", program)
-    run(tmp_path, model=str(model))
-    sample.load(model)
-    assert not sprung.exists() and (tmp_path / "run" / "model.safetensors").exists()
+    model = write_model_with_code(tmp_path / "model", program)
+    train_here("dpo", tmp_path / "run", data=data, **{**BASE, "model": model})
+    sample.load(Path(model))
+    assert not sprung.exists()
+    assert (tmp_path / "run" / "model.safetensors").exists()
     assert not list((tmp_path / "run").rglob("*.py"))
 
 
@@ -157,48 +191,53 @@ class Spring:
         return exec, (self.program,)
 
 
-def test_pickled_weights_are_neither_needed_nor_read(tmp_path, trap):
+def test_pickled_weights(data, tmp_path, trap):
+    """Beside safetensors they are left alone; alone they are refused."""
     sprung, program = trap
     model = tmp_path / "model"
-    shutil.copytree(common.TOY / "model", model)
+    shutil.copytree(TOY / "model", model)
     torch.save({"weight": Spring(program)}, model / "pytorch_model.bin")
-    run(tmp_path, model=str(model))  # beside safetensors it is left alone
+    settings = {**BASE, "model": str(model), "data": data}
+    train_here("dpo", tmp_path / "run", **settings)
     (model / "model.safetensors").unlink()
-    shutil.rmtree(tmp_path / "run")
-    for read in (lambda: run(tmp_path, model=str(model)), lambda: sample.load(model)):
-        with pytest.raises(common.UserError, match="safetensors"):
-            read()
+    with pytest.raises(common.UserError, match="safetensors"):
+        train_here("dpo", tmp_path / "refused", **settings)
+    with pytest.raises(common.UserError, match="safetensors"):
+        sample.load(model)
     assert not sprung.exists()
 
 
-# --------------------------------------------------------------------------------- a checkpoint
-
-
-def test_a_checkpoint_is_tensors_alone_and_a_pickle_in_it_is_not_read(tmp_path, trap):
+def test_checkpoint_of_an_old_script(data, tmp_path, trap):
+    """On common_v1.py checkpoints are safetensors, and a pickle in one is not read."""
     sprung, program = trap
-    run(tmp_path, max_steps=2)
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    out = tmp_path / "run"
+    settings = {**BASE, "data": data, "resume": True}
+    run_forked("sft", out, **settings)
+    (checkpoint,) = (out / "checkpoints").iterdir()
     (file,) = checkpoint.iterdir()
     assert file.suffix == ".safetensors"
     stream = io.BytesIO()
     torch.save(Spring(program), stream)
-    for name in (".metadata", "__0.metadata"):
-        (checkpoint / name).write_bytes(pickle.dumps(Spring(program)))
+    pickled = pickle.dumps(Spring(program))
+    (checkpoint / ".metadata").write_bytes(pickled)
+    (checkpoint / "__0.metadata").write_bytes(pickled)
     (checkpoint / "__0_0.distcp").write_bytes(stream.getvalue())
-    run(tmp_path, max_steps=3, resume=True)
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    run_forked("sft", out, **{**settings, "max_steps": 2})
+    (checkpoint,) = (out / "checkpoints").iterdir()
     (file,) = checkpoint.iterdir()
-    for content in (pickle.dumps(Spring(program)), stream.getvalue()):
+    for content in (pickled, stream.getvalue()):
         file.write_bytes(content)
-        with pytest.raises(common.UserError, match="step_00000003: cannot be read"):
-            run(tmp_path, max_steps=4, resume=True)
+        flags = ["--out", str(out), *to_flags({**settings, "max_steps": 3})]
+        (run,) = fork("sft", [flags])
+        assert run.wait() == 2
+        assert "step_00000002: cannot be read" in error_line(run.stderr)
     assert not sprung.exists()
 
 
-# ----------------------------------------------------------------------------------------- rows
+# -------------------------------------------------------------------------------------- records
 
 
-def test_no_path_is_taken_from_rows(tmp_path):
+def test_records_name_no_files(tmp_path):
     """Texts that look like paths, commands and templates stay texts."""
     texts = [
         "../../escaped",
@@ -207,15 +246,26 @@ def test_no_path_is_taken_from_rows(tmp_path):
         "{{ 7 * 7 }}",
         "file:///etc/passwd",
     ]
-    rows = [
-        {"prompt": text, "chosen": text + " yes", "rejected": text + " no", "target": text}
-        | {"source": text, "out": text, "path": text}
-        for text in texts
-    ]
+    records = []
+    for text in texts:
+        record = {"prompt": text, "chosen": text + " yes", "rejected": text + " no"}
+        records.append({**record, "target": text, "source": text, "out": text, "path": text})
     inside = tmp_path / "inside"
     inside.mkdir()
-    (inside / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(inside)
+    data = write_records(inside / "records.jsonl", records)
+    train_here("dpo", inside / "run", data=str(data), **BASE)
     assert {path.name for path in tmp_path.iterdir()} == {"inside"}
-    assert {path.name for path in inside.iterdir()} == {"rows.jsonl", "run", "reference"}
-    assert all(path.stem.isalnum() for path in (inside / "reference").iterdir())
+    assert {path.name for path in inside.iterdir()} == {"records.jsonl", "run"}
+    written = {path.name for path in (inside / "run").iterdir()}
+    assert written == {
+        "checkpoints",
+        "config.json",
+        "generation_config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "reference_logps_train.safetensors",
+        "run.json",
+        "run.lock",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }

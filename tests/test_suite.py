@@ -1,6 +1,7 @@
 """The suite: which commands, each once; resumed, failing in part; numbers, claims, pictures."""
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import signal
@@ -15,7 +16,7 @@ import pytest
 from filelock import FileLock
 from matplotlib.figure import Figure
 
-import common
+import common_v1 as common
 import dpo
 import kto
 import ppo_offline
@@ -75,20 +76,29 @@ def test_all_replies_are_sampled_alike():
     assert len(alike) == 1 and {"--seed", "--n", "--data"} <= set(alike.pop())
 
 
+def tokens_of_step(module, examples, config, step: int) -> list[tuple]:
+    """(prompt ids, completions ids) of the examples of a step, counted from 0."""
+    if module in (kto, dpo):
+        schedule = module.make_schedule(examples, dataclasses.replace(config, max_steps=step + 1))
+        batch = [examples[index] for index in schedule[step]]
+        return [(example.prompt_ids, example.completions_ids) for example in batch]
+    batch = module.global_batch(examples, config, step)  # a script on the old core
+    return [(example["prompt_ids"], example["completions_ids"]) for example in batch]
+
+
 def test_losses_of_a_kind_see_the_same_data_in_the_same_order(monkeypatch):
     rows = common.read_rows("toy", "train", ("preference",))[:200]
     tokenizer = common.load_tokenizer(common.find_model("toy"))
     seen = {}
     for module, config in trainings(monkeypatch, "--out", "o", "--seeds", "2").values():
         examples = module.make_examples(rows, tokenizer, config)
-        batches = [module.global_batch(examples, config, step) for step in range(9)]
         kind = "unpaired" if module in (kto, ppo_offline) else "paired"
         completions = 1 if module is sft else None  # of a pair, SFT sees the chosen one
-        ids = [
-            (e["prompt_ids"].tolist(), [c.tolist() for c in e["completions_ids"][:completions]])
-            for batch in batches
-            for e in batch
-        ]
+        ids = []
+        for step in range(9):
+            for prompt_ids, completions_ids in tokens_of_step(module, examples, config, step):
+                texts = [each.tolist() for each in completions_ids[:completions]]
+                ids.append((prompt_ids.tolist(), texts))
         chosen = [(prompt, texts[0]) for prompt, texts in ids]
         seen.setdefault((kind, config.seed), []).append((module, ids, chosen))
     assert {key: len(group) for key, group in seen.items()} == {
@@ -178,7 +188,9 @@ def test_the_data_it_writes(tmp_path):
     assert len(kept) == len(pairs) / 10 and set(kept) <= {row["chosen"] for row in pairs}
     assert [r["completion"] for r in few if not r["label"]] == [r["rejected"] for r in pairs]
     for majority in suite.MAJORITIES:
-        rows = common.read_rows(str(tmp_path / "data" / f"majority_{majority}"), "train", dpo.FORMS)
+        rows = common.read_rows(
+            str(tmp_path / "data" / f"majority_{majority}"), "train", dpo.FORMATS
+        )
         for prompt, liked, other in suite.two_replies():
             its = [row for row in rows if row["prompt"] == prompt]
             assert sum(row["chosen"] == liked for row in its) == round(majority * len(its))

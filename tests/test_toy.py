@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common
+import common_v1 as common
 from archangel import toy
 
 PROMPT = "\n\nHuman: Hi! What does the oak lamp cost?\n\nAssistant:"

@@ -1,476 +1,713 @@
-"""The five trainers as programs: command lines, processes, memory limits, resuming, real rows."""
+"""The trainers as programs: processes, memory limits, resuming, the reference pass, the export."""
 
-import importlib
+import itertools
 import json
-import math
 import os
-import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import golden_cases
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from filelock import FileLock
+from helpers import (
+    ROOT,
+    TOY,
+    assert_same_metrics,
+    assert_same_weights,
+    change_json,
+    command_here,
+    copy_toy_model,
+    error_line,
+    fork,
+    metric,
+    plain_logps,
+    read_metrics,
+    run_forked,
+    tiny_model,
+    to_flags,
+    train_here,
+    write_records,
+    write_toy_folder,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import dpo
+import kto
+from archangel import packed
 
-ROOT = Path(common.__file__).parent
-SCRIPTS = ["sft", "dpo", "slic", "ppo_offline", "kto"]
-STEPS = 6
+SCRIPTS = ["dpo", "kto"]  # on common.py
+OLD_SCRIPTS = ["sft", "slic", "ppo_offline"]  # still on common_v1.py
+BASE = {"model": "toy", "lr": 3e-4, "warmup_steps": 3, "max_steps": 6, "batch_size": 12}
+DOUBLE = {**BASE, "dtype": "float64"}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A few hundred of the toy's rows, so that the reference pass takes a moment."""
-    folder = tmp_path_factory.mktemp("data")
-    for split, rows in {"train": 200, "test": 24}.items():
-        lines = (common.TOY / "data" / f"{split}.jsonl").read_text().splitlines()[:rows]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
+def data(tmp_path_factory) -> str:
+    return write_toy_folder(tmp_path_factory.mktemp("data"), train=100, test=12)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads gain nothing at this size and lose much where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def settings(data: Path, out: Path, **more) -> dict:
-    """What a test's run is called with."""
-    basic = {"model": "toy", "data": str(data), "out": str(out), "lr": 3e-4}
-    return basic | {"warmup_steps": 3, "max_steps": STEPS, "batch_size": 12} | more
-
-
-def run_here(script: str, **values) -> list[dict]:
-    """Train in this process. Returns the metrics."""
-    module = importlib.import_module(script)
-    try:
-        module.train(module.Config(**values))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return metrics(values["out"])
-
-
-def run_command(script: str, *flags: str, processes: int = 0, **values):
-    """Train by the command line, under torchrun where `processes` is given."""
-    python = [sys.executable]
-    if processes:
-        python += ["-m", "torch.distributed.run", "--standalone"]
-        python += [f"--nproc_per_node={processes}"]
-    words = [text for name, value in values.items() for text in (f"--{name}", str(value))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [*python, str(ROOT / f"{script}.py"), *words, *flags],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def metrics(out) -> list[dict]:
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(records: list[dict]) -> torch.Tensor:
-    return torch.tensor([record["loss"] for record in records if "loss" in record]).double()
-
-
-def assert_same_losses(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
-    """Step by step; the figures too, where they are not of speed and memory."""
-    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
-    for a, b in zip(ours, theirs):
-        names = a.keys() - {"tokens_per_second", "max_memory_mib"}
-        if a["step"] <= 1:  # before a step was taken all rewards are 0, and their signs rounding
-            names -= {"reward_accuracy", "eval_reward_accuracy"}
-        for name in names:
-            # A reward margin passes through 0: to the tolerance of the rewards, not of itself.
-            close = abs(a[name] - b[name]) <= tolerance * max(abs(a[name]), 1.0)
-            assert close, f"step {a['step']}: {name} {a[name]} and {b[name]}"
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory) -> str:
+    return write_toy_folder(tmp_path_factory.mktemp("small_data"), train=20, test=4)
 
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    """Each script's run on one process with memory enough, float64, by its command line."""
+    """The folder of each script's run of DOUBLE by its command line, without torchrun."""
     runs = {}
 
     def run(script: str) -> Path:
         if script not in runs:
             out = tmp_path_factory.mktemp("alone") / script
-            run_command(script, **settings(data, out, dtype="float64"))
+            run_forked(script, out, data=data, **DOUBLE)
             runs[script] = out
         return runs[script]
 
     return run
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_command_line_trains_a_model_that_plain_transformers_loads(script, alone):
-    out = alone(script)
-    records = metrics(out)
-    assert [record["step"] for record in records] == list(range(STEPS + 1))
-    assert "eval_loss" in records[0] and "eval_loss" in records[-1]
-    assert records[-1]["eval_loss"] < records[0]["eval_loss"]
-    record = json.loads((out / "run.json").read_text())
-    assert record["finished"] and record["packed_rows"] and record["script"] == f"{script}.py"
+def stop_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Let a run in this process get SIGTERM in the step with this number."""
+    log = common.Run.log
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
-    base = load_file(common.TOY / "model" / "model.safetensors")
-    trained = load_file(out / "model.safetensors")
-    assert base.keys() == trained.keys()  # PPO's value head stays behind
-    assert any(not torch.equal(base[name], trained[name].float()) for name in base)
+    def log_and_stop(run, number, metrics):
+        log(run, number, metrics)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    patch.setattr(common.Run, "log", log_and_stop)
+
+
+def read_record(out: Path) -> dict:
+    return json.loads((out / "run.json").read_text())
+
+
+def plain_log_ratios(model, examples: common.Examples) -> torch.Tensor:
+    """log pi - log pi_ref (B,) by plain transformers; the reference model is the toy."""
+    reference = AutoModelForCausalLM.from_pretrained(TOY / "model", dtype=model.dtype)
+    log_ratios = []
+    for example in examples:
+        ids = common.Example(example.prompt_ids.tolist(), [example.completions_ids[0].tolist()])
+        token_log_ratios = plain_logps(model, [ids]) - plain_logps(reference, [ids])
+        log_ratios.append(token_log_ratios.sum())
+    return torch.stack(log_ratios)
+
+
+# ------------------------------------------------------------------------------------ one process
+
+
+def check_exported(out: Path) -> None:
+    """Plain transformers loads the model, which is the toy with other weights, and samples."""
+    before = load_file(TOY / "model" / "model.safetensors")
+    after = load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name].float()) for name in before)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
     prompt = tokenizer("\n\nHuman: How much is the brass pot?\n\nAssistant:", return_tensors="pt")
     reply = model.generate(**prompt, max_new_tokens=8)
     assert reply.shape[1] > prompt["input_ids"].shape[1]
 
 
-# With little memory one process has more micro-batches than the other, which takes part with none.
-@pytest.mark.parametrize("limit", [200, 8192])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_give_the_losses_of_one(script, limit, alone, data, tmp_path):
-    if limit == 8192 and script in ("sft", "slic"):
-        pytest.skip("nothing in it that dpo, kto and ppo_offline do not have")
-    values = settings(data, tmp_path / "two", dtype="float64", micro_batch_tokens=limit)
-    checkpointing = ["--activation_checkpointing"] if limit == 200 else []
-    run_command(script, *checkpointing, processes=2, **values)
-    assert_same_losses(metrics(alone(script)), metrics(values["out"]), 1e-12)
-    AutoModelForCausalLM.from_pretrained(values["out"])
+def test_command_line(script, alone):
+    out = alone(script)
+    records = read_metrics(out)
+    assert [record["step"] for record in records] == list(range(7))
+    assert records[-1]["eval_loss"] < records[0]["eval_loss"]
+    assert (metric(records, "seconds").diff() > 0).all()
+    record = read_record(out)
+    assert record["finished"]
+    assert record["packed_rows"]
+    assert record["script"] == f"{script}.py"
+    check_exported(out)
+
+
+def test_kto_metrics(alone, data):
+    """The log-ratios, held out, are those of plain transformers; the rest follows from them."""
+    records = read_metrics(alone("kto"))
+    for record in records[1:]:
+        for label in ("desirable", "undesirable"):
+            reward = 0.1 * record[f"log_ratio_{label}"]
+            assert record[f"reward_{label}"] == pytest.approx(reward, abs=1e-12)
+    model = AutoModelForCausalLM.from_pretrained(alone("kto"), dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    _, test_records = common.load_records(data, kto.FORMATS)
+    examples = kto.make_examples(test_records, tokenizer, kto.Config(model="toy"))
+    with torch.no_grad():
+        desirable, undesirable = plain_log_ratios(model, examples).view(-1, 2).unbind(1)
+    last = records[-1]
+    assert last["eval_log_ratio_desirable"] == pytest.approx(desirable.mean().item(), abs=1e-9)
+    assert last["eval_log_ratio_undesirable"] == pytest.approx(undesirable.mean().item(), abs=1e-9)
+    accuracy = (desirable > undesirable).double().mean().item()
+    assert 0 < accuracy < 1
+    assert last["eval_reward_accuracy"] == accuracy
+
+
+def test_accuracy_needs_pairs(tmp_path):
+    """Held-out unpaired records have a loss, and no accuracy."""
+    records = golden_cases.unpaired_41_9()
+    write_records(tmp_path / "train.jsonl", records)
+    write_records(tmp_path / "test.jsonl", records[:8])
+    settings = {**BASE, "max_steps": 1}
+    records = train_here("kto", tmp_path / "run", data=str(tmp_path), **settings)
+    for record in records:
+        assert "eval_loss" in record
+        assert "eval_reward_accuracy" not in record
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_memory_limit_and_padding_change_no_loss(script, alone, data, tmp_path, monkeypatch):
-    values = settings(data, tmp_path / "cut", dtype="float64", micro_batch_tokens=200)
-    assert_same_losses(metrics(alone(script)), run_here(script, **values), 1e-12)
+def test_layout_and_limit(script, alone, data, tmp_path, monkeypatch):
+    """Neither several micro-batches nor the padded layout change a metric."""
+    expected = read_metrics(alone(script))
+    small = {**DOUBLE, "micro_batch_tokens": 200}
+    assert_same_metrics(expected, train_here(script, tmp_path / "small", data=data, **small), 1e-12)
 
-    def not_for_this_model(*_):
-        raise ValueError("then each completion gets a padded row of its own")
+    def refuse(*_):
+        raise ValueError("not for this model")
 
-    monkeypatch.setattr(common, "use_packed", not_for_this_model)
-    values |= {"out": str(tmp_path / "whole"), "micro_batch_tokens": 8192}
-    whole = run_here(script, **values)
-    assert_same_losses(metrics(alone(script)), whole, 1e-12)
-
-
-@pytest.mark.parametrize("kl", ["mismatched", "zero"])
-def test_other_reference_points_do_not_depend_on_memory_and_processes(kl, data, tmp_path):
-    # The weight, so that the partners gain too, and their mean is not clamped at every step.
-    values = settings(data, tmp_path / "whole", dtype="float64", kl=kl, desirable_weight=10.0)
-    whole = run_here("kto", **values)
-    cut = run_here("kto", **values | {"out": str(tmp_path / "cut"), "micro_batch_tokens": 200})
-    assert_same_losses(whole, cut, 1e-12)
-    assert all(record["kl"] == 0 for record in whole[1:]) == (kl == "zero")
-    # In one micro-batch each, which keep the keys and values of their prompts for the partners.
-    values |= {"out": str(tmp_path / "two")}
-    run_command("kto", "--activation_checkpointing", processes=2, **values)
-    assert_same_losses(whole, metrics(values["out"]), 1e-12)
+    monkeypatch.setattr(packed, "use_packed_attention", refuse)
+    padded = train_here(script, tmp_path / "padded", data=data, **DOUBLE)
+    assert not read_record(tmp_path / "padded")["packed_rows"]
+    assert_same_metrics(expected, padded, 1e-12)
 
 
-# In float32 the default warm-up. RMSprop's first steps are the signs of the gradient, whatever its
-# size: with a short warm-up they turn rounding into steps, and float32 runs drift apart.
-@pytest.mark.parametrize(
-    "script, dtype, warmup_steps, tolerance",
-    [
-        ("sft", "float32", 150, 1e-5),
-        ("dpo", "float32", 150, 1e-5),
-        ("kto", "float32", 150, 1e-5),
-        ("kto", "float64", 3, 1e-12),
-    ],
-)
-def test_forty_steps_of_two_processes_with_little_memory(
-    script, dtype, warmup_steps, tolerance, data, tmp_path
-):
-    values = settings(data, tmp_path / "one", max_steps=40, dtype=dtype, save_every=0)
-    values |= {"warmup_steps": warmup_steps}
-    one = run_here(script, **values)
-    values |= {"out": str(tmp_path / "two"), "micro_batch_tokens": 300}
-    run_command(script, processes=2, **values)
-    torch.testing.assert_close(losses(one), losses(metrics(values["out"])), rtol=tolerance, atol=0)
+@pytest.mark.parametrize("script", ["kto", "ppo_offline"])
+def test_unequal_classes(script, tmp_path):
+    """30 desirable and 3 undesirable: an epoch is 5 steps of 6 and 6."""
+    records = []
+    for number, pair in enumerate(golden_cases.toy_records(33)):
+        desirable = number % 11 != 0
+        completion = pair["chosen"] if desirable else pair["rejected"]
+        records.append({"prompt": pair["prompt"], "completion": completion, "label": desirable})
+    path = write_records(tmp_path / "records.jsonl", records)
+    stderr = run_forked(script, tmp_path / "run", data=path, **{**BASE, "max_steps": 0})
+    assert "30 desirable, 3 undesirable" in stderr
+    records = read_metrics(tmp_path / "run")
+    assert len(records) == 5
+    assert "eval_loss" not in records[-1]  # a single file: nothing is held out
+
+
+def test_warmup_longer_than_the_run(small_data, tmp_path, capsys):
+    for warmup_steps in (2, 3):
+        settings = {**BASE, "max_steps": 2, "warmup_steps": warmup_steps}
+        train_here("dpo", tmp_path / f"run{warmup_steps}", data=small_data, **settings)
+        warned = "warning: 2 steps, 3 of warm-up" in capsys.readouterr().err
+        assert warned == (warmup_steps == 3)
+
+
+@pytest.fixture(scope="module")
+def hh(tmp_path_factory) -> str:
+    """Records of Anthropic HH, prepared by the project's own command."""
+    out = tmp_path_factory.mktemp("hh") / "data"
+    (raw,) = (ROOT / "tests" / "data").glob("hh*")
+    command = [sys.executable, "-m", "archangel.data", "hh", "--input", str(raw), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return str(out)
+
+
+@pytest.mark.parametrize("script", SCRIPTS + OLD_SCRIPTS)
+def test_real_records(script, hh, tmp_path):
+    settings = {**BASE, "max_steps": 2, "batch_size": 4}
+    run_forked(script, tmp_path / "run", data=hh, **settings)
+    assert len(read_metrics(tmp_path / "run")) == 3
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------- the scripts to come
+
+
+@pytest.fixture(scope="module")
+def old_run(data, tmp_path_factory):
+    """The folder of an old script's run: two processes for 3 steps, then one to the end.
+
+    Two processes have little memory, and recompute their activations. The other folder is of one
+    process for all steps.
+    """
+    runs = {}
+
+    def run(script: str) -> tuple[Path, Path]:
+        if script not in runs:
+            folder = tmp_path_factory.mktemp("old")
+            settings = {**DOUBLE, "lr": golden_cases.LEARNING_RATES[script], "data": data}
+            run_forked(script, folder / "straight", **settings)
+            settings["activation_checkpointing"] = True
+            first = {**settings, "max_steps": 3, "micro_batch_tokens": 200}
+            run_forked(script, folder / "resumed", processes=2, **first)
+            run_forked(script, folder / "resumed", resume=True, **settings)
+            runs[script] = (folder / "resumed", folder / "straight")
+        return runs[script]
+
+    return run
+
+
+@pytest.mark.parametrize("script", OLD_SCRIPTS)
+def test_old_script(script, old_run):
+    """Processes, memory limit, activation checkpointing and a resume change no metric."""
+    resumed, straight = old_run(script)
+    records = read_metrics(resumed)
+    assert [record["step"] for record in records] == list(range(7))
+    assert records[-1]["eval_loss"] < records[0]["eval_loss"]
+    expected = read_metrics(straight)
+    # The resumed run evaluates the held-out records once more, at the end of its first part.
+    for name in [name for name in records[3] if name.startswith("eval_")]:
+        del records[3][name]
+    assert_same_metrics(records, expected, 1e-12)
+    check_exported(resumed)
+
+
+def test_value_head(old_run):
+    """PPO's checkpoints hold the value head, and its model does not."""
+    out, _ = old_run("ppo_offline")
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    names = []
+    for path in checkpoint.iterdir():
+        with safe_open(path, "pt") as file:
+            names.extend(file.keys())
+    assert "model.value_head.weight" in names
+    assert not any("value_head" in name for name in load_file(out / "model.safetensors"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_after_sft(script, old_run, data, tmp_path):
+    """Alignment starts from the model of SFT, which is then policy and reference."""
+    _, sft_out = old_run("sft")
+    settings = {**BASE, "max_steps": 1, "model": str(sft_out)}
+    records = train_here(script, tmp_path / "run", data=data, **settings)
+    assert records[0]["eval_reward_margin"] == 0
+    assert abs(records[1]["reward_margin"]) < 1e-4
+    assert read_record(tmp_path / "run")["first_log_ratio_per_token"] < 1e-5
+
+
+def test_sft_loss(data, tmp_path):
+    """SFT's loss is the mean over all completion tokens of the global batch."""
+    import common_v1
+    import sft
+
+    settings = {**BASE, "max_steps": 1, "micro_batch_tokens": 200}
+    run_forked("sft", tmp_path / "run", data=data, **settings)
+    record = read_metrics(tmp_path / "run")[1]
+    config = sft.Config(data=data, **settings)
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    records = common_v1.read_rows(data, "train", sft.FORMS)
+    examples = sft.make_examples(records, tokenizer, config)
+    model = AutoModelForCausalLM.from_pretrained(TOY / "model")
+    logps = []
+    for example in sft.global_batch(examples, config, 0):
+        completions_ids = [ids.tolist() for ids in example["completions_ids"]]
+        example = common.Example(example["prompt_ids"].tolist(), completions_ids)
+        with torch.no_grad():
+            logps.append(plain_logps(model, [example]))
+    logps = torch.cat(logps)
+    assert record["tokens"] == len(logps)
+    assert record["loss"] == pytest.approx(-logps.mean().item(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+# Learns the phrase within a few steps, so that the reference point is positive.
+PHRASE = {**DOUBLE, "lr": 1e-4, "max_steps": 5, "batch_size": 10}
+PROCESS_CASES = [("dpo", None)] + [("kto", kl) for kl in ("other_half", "mismatched", "zero")]
+
+
+@pytest.mark.parametrize("script, kl", PROCESS_CASES)
+def test_processes(script, kl, tmp_path):
+    """One, two and four processes give the same metrics, with a positive reference point."""
+    settings = {**PHRASE, "data": golden_cases.write_data("phrase", tmp_path)}
+    if kl is not None:
+        settings["kl"] = kl
+    run_forked(script, tmp_path / "one", **settings)
+    # So few tokens at a time make several micro-batches.
+    run_forked(script, tmp_path / "two", processes=2, micro_batch_tokens=160, **settings)
+    more = {"activation_checkpointing": True}
+    run_forked(script, tmp_path / "four", processes=4, **settings, **more)
+    expected = read_metrics(tmp_path / "one")
+    for name in ("two", "four"):
+        assert_same_metrics(expected, read_metrics(tmp_path / name), 1e-12)
+    if kl is not None:
+        assert (metric(expected, "kl").max() > 1) == (kl != "zero")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_forty_steps_in_float32(script, data, tmp_path):
+    """Two processes with little memory stay together with one.
+
+    With the default warm-up: the first steps of RMSprop are the signs of the gradient, whatever its
+    size. With a short warm-up they turn rounding into steps, and two runs drift apart.
+    """
+    settings = {**BASE, "max_steps": 40, "warmup_steps": 150, "batch_size": 6, "data": data}
+    run_forked(script, tmp_path / "one", **settings)
+    run_forked(script, tmp_path / "two", processes=2, micro_batch_tokens=300, **settings)
+    one = metric(read_metrics(tmp_path / "one"), "loss")
+    two = metric(read_metrics(tmp_path / "two"), "loss")
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
+
+
+def save_llama(folder: Path, head: str) -> str:
+    """A small Llama with the toy's tokenizer and generation settings of its own.
+
+    head: tied, or separate under a configuration that says tied, as some published models have it.
+    """
+    name = "llama_tied" if head == "tied" else "llama"
+    model = tiny_model(name, vocab_size=512, max_position_embeddings=2048)
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    model.generation_config.update(do_sample=True, top_p=0.5, eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    change_json(folder / "config.json", tie_word_embeddings=True)
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) == (head == "separate")
+    return str(folder)
+
+
+@pytest.mark.parametrize("head", ["tied", "separate"])
+def test_processes_with_llama(head, small_data, tmp_path):
+    """Two processes export what one does. Rotary frequencies are in no file: they are sent."""
+    model = save_llama(tmp_path / "model", head)
+    settings = {**DOUBLE, "max_steps": 3, "model": model, "data": small_data}
+    outs = {"one": tmp_path / "one", "two": tmp_path / "two"}
+    run_forked("kto", outs["one"], **settings)
+    run_forked("kto", outs["two"], processes=2, **settings)
+    assert_same_metrics(read_metrics(outs["one"]), read_metrics(outs["two"]), 1e-12)
+    logps = {}
+    weights = {}
+    loaded = {}
+    for name, out in outs.items():
+        logps[name] = load_file(out / "reference_logps_train.safetensors")["logps"]
+        weights[name] = load_file(out / "model.safetensors")
+        loaded[name] = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64)
+    torch.testing.assert_close(logps["one"], logps["two"], rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert weights["one"].keys() == weights["two"].keys()
+    assert ("lm_head.weight" in weights["two"]) == (head == "separate")
+    torch.testing.assert_close(weights["one"], weights["two"], rtol=1e-9, atol=1e-12)
+    for file in ("generation_config.json", "config.json", "tokenizer.json"):
+        assert (outs["one"] / file).read_text() == (outs["two"] / file).read_text()
+
+    input_ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        hidden = loaded["two"].base_model(input_ids).last_hidden_state
+        logits = {name: model(input_ids).logits for name, model in loaded.items()}
+    head_name = "lm_head.weight" if head == "separate" else "model.embed_tokens.weight"
+    expected = hidden @ weights["two"][head_name].double().T
+    torch.testing.assert_close(logits["two"], expected)
+    torch.testing.assert_close(logits["one"], logits["two"], rtol=1e-9, atol=1e-9)
+    before = load_file(f"{model}/model.safetensors")
+    assert not torch.equal(weights["two"][head_name], before[head_name])
+
+
+def test_start_of_a_separate_head(small_data, tmp_path):
+    """Its log-probabilities are those of the model before its configuration was changed."""
+    model = save_llama(tmp_path / "model", "separate")
+    settings = {**DOUBLE, "max_steps": 1, "model": model, "data": small_data}
+    train_here("dpo", tmp_path / "run", **settings)
+    logps = load_file(tmp_path / "run" / "reference_logps_test.safetensors")["logps"]
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    saved = tiny_model("llama", torch.float64, vocab_size=512, max_position_embeddings=2048)
+    _, test_records = common.load_records(small_data, dpo.FORMATS)
+    examples = dpo.make_examples(test_records, tokenizer, dpo.Config(model="toy"))
+    plain_examples = []
+    for example in examples:
+        completions_ids = [ids.tolist() for ids in example.completions_ids]
+        plain_examples.append(common.Example(example.prompt_ids.tolist(), completions_ids))
+    with torch.no_grad():
+        torch.testing.assert_close(logps, plain_logps(saved, plain_examples), rtol=0, atol=1e-9)
+
+
+def test_activation_checkpointing_with_buffers(small_data, tmp_path):
+    """GPT-Neo has buffers in its layers, which are wrapped then."""
+    layers = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}
+    model = tiny_model("gpt_neo", vocab_size=512, max_position_embeddings=2048, **layers)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "model")
+    settings = {**DOUBLE, "max_steps": 2, "model": tmp_path / "model", "data": small_data}
+    settings["activation_checkpointing"] = True
+    run_forked("dpo", tmp_path / "one", **settings)
+    run_forked("dpo", tmp_path / "two", processes=2, **settings)
+    assert_same_metrics(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), 1e-12)
+
+
+# --------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_resumed_run_ends_in_the_same_bits(script, optimizer, data, tmp_path):
-    values = settings(data, tmp_path / "straight", optimizer=optimizer, eval_every=2)
-    straight = run_here(script, **values)
-    values |= {"out": str(tmp_path / "resumed")}
-    run_here(script, **values | {"max_steps": 2})
-    resumed = run_here(script, **values, resume=True)
-    ours, theirs = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("straight", "resumed")
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert_same_losses(straight, resumed, 0)
+def test_resume_to_the_same_bits(script, optimizer, small_data, tmp_path, monkeypatch):
+    settings = {**BASE, "optimizer": optimizer, "eval_every": 2, "data": small_data}
+    straight = train_here(script, tmp_path / "straight", **settings)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        assert command_here(script, tmp_path / "resumed", **settings) == 75
+    assert not (tmp_path / "resumed" / "model.safetensors").exists()
+    first = read_metrics(tmp_path / "resumed")
+    for record in first:
+        record["seconds"] += 1000  # as if it had taken so long
+    write_records(tmp_path / "resumed" / "metrics.jsonl", first)
+    assert command_here(script, tmp_path / "resumed", resume=True, **settings) == 0
+    resumed = read_metrics(tmp_path / "resumed")
+    assert_same_weights(tmp_path / "straight", tmp_path / "resumed")
+    assert_same_metrics(straight, resumed, 0)
+    assert (metric(resumed, "seconds").diff() > 0).all()
 
 
-def test_checkpoint_of_two_processes_goes_on_in_one(data, tmp_path):
-    values = settings(data, tmp_path / "resumed", dtype="float64")
-    run_command("ppo_offline", processes=2, **values | {"max_steps": 3})
-    resumed = run_here("ppo_offline", **values, resume=True)
-    straight = run_here("ppo_offline", **values | {"out": str(tmp_path / "straight")})
-    assert_same_losses(straight[4:], resumed[4:], 1e-12)
+@pytest.mark.parametrize("first, second", [(2, 0), (0, 2)])
+def test_resume_on_other_processes(first, second, alone, data, tmp_path):
+    """A checkpoint of two processes is continued by one, and the other way round."""
+    settings = {**DOUBLE, "data": data}
+    run_forked("kto", tmp_path / "run", processes=first, **{**settings, "max_steps": 3})
+    run_forked("kto", tmp_path / "run", processes=second, resume=True, **settings)
+    expected = read_metrics(alone("kto"))
+    assert_same_metrics(expected[4:], read_metrics(tmp_path / "run")[4:], 1e-12)
 
 
-def test_resume_refuses_what_changed_and_starts_or_ends_where_it_should(data, tmp_path, capsys):
-    values = settings(data, tmp_path / "out", max_steps=2)
-    run_here("dpo", **values, resume=True)  # nothing there yet: starts
-    with pytest.raises(common.UserError, match="not empty"):
-        run_here("dpo", **values)
-    with pytest.raises(common.UserError, match="--lr"):
-        run_here("dpo", **values | {"lr": 1e-3}, resume=True)
-    other = tmp_path / "other.jsonl"
-    other.write_text((data / "test.jsonl").read_text())
-    with pytest.raises(common.UserError, match="data"):
-        run_here("dpo", **values | {"data": str(other)}, resume=True)
-    with pytest.raises(common.UserError, match="script"):
-        run_here("slic", **values, resume=True)
-    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
-    run_here("dpo", **values, resume=True)
+def test_resume_refuses_changes(small_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    model = copy_toy_model(tmp_path / "model")
+    settings = {**BASE, "max_steps": 2, "data": small_data, "model": model}
+    assert command_here("dpo", out, resume=True, **settings) == 0  # there is nothing yet: it starts
+    assert command_here("dpo", out, **settings) == 2
+    assert "not empty" in error_line(capsys.readouterr().err)
+    other_data = write_records(tmp_path / "other.jsonl", golden_cases.toy_records(21))
+    for name, change in {"--lr": {"lr": 1e-3}, "data_sha256": {"data": other_data}}.items():
+        assert command_here("dpo", out, resume=True, **{**settings, **change}) == 2
+        assert f"{name} changed" in error_line(capsys.readouterr().err)
+    assert command_here("kto", out, resume=True, **settings) == 2
+    assert "script" in error_line(capsys.readouterr().err)
+
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert command_here("dpo", out, resume=True, **settings) == 0
     assert "finished already" in capsys.readouterr().err
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
 
-
-def test_sft_loss_is_the_mean_over_all_tokens_of_the_global_batch(data, tmp_path):
-    import sft
-
-    values = settings(data, tmp_path / "out", max_steps=1, micro_batch_tokens=200)
-    record = run_here("sft", **values)[1]
-    config = sft.Config(**values)
-    tokenizer = common.load_tokenizer(common.TOY / "model")
-    examples = sft.make_examples(common.read_rows(str(data), "train", sft.FORMS), tokenizer, config)
-    model = AutoModelForCausalLM.from_pretrained(common.TOY / "model")
-    nats, tokens = 0.0, 0
-    for example in sft.global_batch(examples, config, 0):
-        (completion,) = example["completions_ids"]
-        ids = torch.tensor([[*example["prompt_ids"].tolist(), *completion.tolist()]])
-        logps = model(ids).logits[0, -len(completion) - 1 : -1].log_softmax(-1)
-        nats -= logps.gather(1, ids[0, -len(completion) :, None]).sum().item()
-        tokens += len(completion)
-    assert record["tokens"] == tokens
-    assert record["loss"] == pytest.approx(nats / tokens, rel=1e-5)
-
-
-def test_ten_desirable_to_one_undesirable(data, tmp_path, capsys):
-    lines = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()[:33]]
-    rows = [
-        {"prompt": row["prompt"], "completion": row["rejected" if i % 11 == 0 else "chosen"]}
-        | {"label": i % 11 != 0}
-        for i, row in enumerate(lines)
-    ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    for script in ("kto", "ppo_offline"):
-        records = run_here(script, **settings(path, tmp_path / script, max_steps=0))
-        assert len(records) == 5  # 30 desirable, six a step
-        assert "30 desirable, 3 undesirable examples" in capsys.readouterr().err
-        assert "eval_loss" not in records[-1]  # one file: nothing is held out
-
-
-def change(folder: Path, **values) -> Path:
-    """Change settings in a model's config.json."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
-    return folder
-
-
-def copy_of_toy(folder: Path) -> Path:
-    shutil.copytree(common.TOY / "model", folder)
-    return folder
-
-
-def test_weights_that_are_not_there_are_named(data, tmp_path):
-    model = copy_of_toy(tmp_path / "model")
-    weights = load_file(model / "model.safetensors")
-    weights = {name: value for name, value in weights.items() if "layers.1." not in name}
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(common.UserError, match="its weights lack gpt_neox.layers.1"):
-        run_here("dpo", **settings(data, tmp_path / "out", model=str(model)))
-    assert not (tmp_path / "out").exists() and not (tmp_path / "reference").exists()
-    model = change(copy_of_toy(tmp_path / "small"), vocab_size=100)
-    with pytest.raises(common.UserError, match="more tokens than the model"):
-        run_here("dpo", **settings(data, tmp_path / "out", model=str(model)))
-
-
-def test_another_config_of_the_same_weights_is_another_reference(data, tmp_path):
-    run_here("dpo", **settings(data, tmp_path / "one", max_steps=1))
+    # The same weights with another configuration are another model.
     rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25}
-    model = change(copy_of_toy(tmp_path / "model"), rope_parameters=rope)
-    records = run_here("dpo", **settings(data, tmp_path / "two", max_steps=1, model=str(model)))
-    assert records[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert len(list((tmp_path / "reference").iterdir())) == 4
+    change_json(tmp_path / "model" / "config.json", rope_parameters=rope)
+    assert command_here("dpo", out, resume=True, **settings) == 2
+    assert "model_sha256 changed" in error_line(capsys.readouterr().err)
 
 
-def test_a_damaged_reference_is_computed_again(data, tmp_path):
-    first = run_here("dpo", **settings(data, tmp_path / "one", max_steps=1))
-    for file in (tmp_path / "reference").iterdir():
-        file.write_bytes(file.read_bytes()[:100])
-    again = run_here("dpo", **settings(data, tmp_path / "two", max_steps=1))
-    assert_same_losses(first, again, 0)
+def test_resume_of_what_is_damaged(small_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    settings = {**BASE, "max_steps": 4, "save_every": 2, "data": small_data}
 
+    def refused(**changes) -> str:
+        assert command_here("dpo", out, resume=True, **{**settings, **changes}) == 2
+        return error_line(capsys.readouterr().err)
 
-def test_what_cannot_be_resumed_is_named(data, tmp_path):
-    values = settings(data, tmp_path / "out", max_steps=4, save_every=2)
-    run_here("dpo", **values)
-    record = tmp_path / "out" / "run.json"
-    whole = record.read_text()
-    unfinished = json.dumps(json.loads(whole) | {"finished": False})
+    train_here("dpo", out, **settings)
+    whole = (out / "run.json").read_text()
     for damaged in ("", "[]", "{}", whole[:50], '{"settings": 3}'):
-        record.write_text(damaged)
-        with pytest.raises(common.UserError, match="run.json: is damaged"):
-            run_here("dpo", **values, resume=True)
-    record.write_text(unfinished)
-    with pytest.raises(common.UserError, match="has 4 steps already"):
-        run_here("dpo", **values | {"max_steps": 3}, resume=True)
-    with FileLock(tmp_path / "out" / "run.lock"):
-        with pytest.raises(common.UserError, match="another run is writing there"):
-            run_here("dpo", **values | {"max_steps": 6}, resume=True)
-    for file in (tmp_path / "out" / "checkpoints" / "step_00000004").glob("*.safetensors"):
-        file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(common.UserError, match="step_00000004: cannot be read"):
-        run_here("dpo", **values | {"max_steps": 6}, resume=True)
+        (out / "run.json").write_text(damaged)
+        assert "run.json: is damaged" in refused()
+    old = json.loads(whole)
+    del old["format"]  # as version 1 wrote it
+    (out / "run.json").write_text(json.dumps(old))
+    assert "earlier version" in refused()
+
+    (out / "run.json").write_text(whole)
+    change_json(out / "run.json", finished=False)
+    assert "has 4 steps already" in refused(max_steps=3)
+    with FileLock(out / "run.lock"):
+        assert "another run is writing there" in refused(max_steps=6)
+    for path in (out / "checkpoints" / "step_00000004").glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert "step_00000004: cannot be read" in refused(max_steps=6)
 
 
-def test_numbers_that_are_not_finite_stop_the_run_and_save_nothing(data, tmp_path):
-    values = settings(data, tmp_path / "out", lr=1e38, warmup_steps=0, save_every=1)
-    with pytest.raises(FloatingPointError):
-        run_here("dpo", **values)
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-    assert not list((tmp_path / "out").glob("checkpoints/step_*"))
-
-
-def test_two_processes_export_what_one_does(data, tmp_path):
-    """A tied model with generation settings of its own."""
-    model = tmp_path / "model"
-    tokenizer = AutoTokenizer.from_pretrained(common.TOY / "model")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 512}
-    lm = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
-    lm.generation_config.update(do_sample=True, top_p=0.5, eos_token_id=tokenizer.eos_token_id)
-    lm.save_pretrained(model)
+def test_export_over_an_export(small_data, tmp_path):
+    """A tokenizer with several chat templates has a folder of them, which is replaced."""
+    model = copy_toy_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     tokenizer.save_pretrained(model)
-    values = settings(data, tmp_path / "one", model=str(model), dtype="float64", max_steps=2)
-    run_here("dpo", **values | {"max_steps": 1})
-    run_here("dpo", **values, resume=True)
-    run_command("dpo", processes=2, **values | {"out": str(tmp_path / "two")})
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys() and "lm_head.weight" not in one
-    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
-    for name in ("generation_config.json", "config.json", "tokenizer.json"):
-        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
-    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    settings = {**BASE, "max_steps": 1, "model": model, "data": small_data}
+    run_forked("dpo", tmp_path / "run", **settings)
+    assert (tmp_path / "run" / "additional_chat_templates").is_dir()
+    run_forked("dpo", tmp_path / "run", resume=True, **{**settings, "max_steps": 2})
 
 
-def test_sft_then_alignment(data, tmp_path):
-    run_here("sft", **settings(data, tmp_path / "sft"))
-    for script, figure in {
-        "kto": "eval_reward_margin",
-        "dpo": "eval_reward_margin",
-        "ppo_offline": "eval_log_ratio_margin",
-        "slic": "eval_logp_margin",
-    }.items():
-        values = settings(data, tmp_path / script, model=str(tmp_path / "sft"))
-        start = run_here(script, **values)[0]
-        if script != "slic":  # policy and reference are both what SFT left
-            assert abs(start[figure]) < 1e-5
+def test_record_after_resume(small_data, tmp_path, monkeypatch):
+    """What the first part of a run has found out stays in run.json."""
+    settings = {**BASE, "max_steps": 3, "data": small_data}
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 2)
+        assert command_here("dpo", tmp_path / "run", **settings) == 75
+    seconds = read_record(tmp_path / "run")["reference_seconds"]
+    assert command_here("dpo", tmp_path / "run", resume=True, **settings) == 0
+    record = read_record(tmp_path / "run")
+    assert record.get("reference_seconds") == seconds
+    assert "first_log_ratio_per_token" in record
 
 
-def test_value_head_is_kept_in_checkpoints_and_left_out_of_the_model(data, tmp_path):
-    run_here("ppo_offline", **settings(data, tmp_path / "ppo", max_steps=2))
-    (checkpoint,) = (tmp_path / "ppo" / "checkpoints").iterdir()
-    with safe_open(next(checkpoint.iterdir()), "pt") as saved:
-        assert "model.value_head.weight" in saved.keys()
-    assert not any("value_head" in name for name in load_file(tmp_path / "ppo/model.safetensors"))
+def test_not_finite_weights(small_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    settings = {**BASE, "lr": 1e38, "warmup_steps": 0, "save_every": 1, "data": small_data}
+    assert command_here("dpo", out, **settings) == 2
+    assert "not finite" in error_line(capsys.readouterr().err)
+    assert not (out / "model.safetensors").exists()
+    assert not list(out.glob("checkpoints/step_*"))
 
 
-def test_reference_column_is_shared_and_keyed_by_weights_rows_and_limits(data, tmp_path):
-    reference = tmp_path / "reference"
-    run_here("dpo", **settings(data, tmp_path / "dpo", max_steps=1))
-    first = set(reference.iterdir())
-    run_here("kto", **settings(data, tmp_path / "kto", max_steps=1))
-    # Training rows are the same sequences, pair by pair; of the test rows too.
-    assert set(reference.iterdir()) == first
-    run_here(
-        "dpo",
-        **settings(data, tmp_path / "short", max_steps=1, max_length=40, max_prompt_length=20),
+# ----------------------------------------------------------------------------- the reference model
+
+
+def load_examples(data: str, config: kto.Config) -> tuple[common.Examples, common.Examples]:
+    """KTO's training and held-out examples."""
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    examples = []
+    for records in common.load_records(data, kto.FORMATS):
+        examples.append(kto.make_examples(records, tokenizer, config))
+    return examples
+
+
+def check_reference(out: Path, config: kto.Config) -> int:
+    """The kept log-probabilities are those of the examples in the schedule, and nan elsewhere.
+
+    Returns the number of examples that have them.
+    """
+    train_set, test_set = load_examples(config.data, config)
+    used = set(itertools.chain(*kto.make_schedule(train_set, config)))
+    assert len(used) < len(train_set)
+    kept = load_file(out / "reference_logps_train.safetensors")
+    sets = {"logps": train_set, "mismatched_logps": train_set.mismatched}
+    assert kept.keys() == sets.keys()
+    for name, examples in sets.items():
+        assert len(kept[name]) == examples.offsets[-1]
+        for index in range(len(examples)):
+            logps = kept[name][examples.offsets[index] : examples.offsets[index + 1]]
+            expected = 0 if index in used else len(logps)
+            assert logps.isnan().sum() == expected, (name, index)
+    kept = load_file(out / "reference_logps_test.safetensors")
+    sets = {"logps": test_set, "mismatched_logps": test_set.mismatched}
+    assert kept.keys() == sets.keys()
+    for name, examples in sets.items():
+        assert len(kept[name]) == examples.offsets[-1]
+        assert kept[name].isfinite().all()
+    return len(used)
+
+
+def test_reference_pass(small_data, tmp_path):
+    """It computes what the schedule needs; a longer run that resumes computes what is missing."""
+    settings = {**DOUBLE, "batch_size": 4, "kl": "mismatched", "data": small_data}
+    straight = train_here("kto", tmp_path / "straight", **settings)
+    first = {**settings, "max_steps": 2}
+    train_here("kto", tmp_path / "resumed", **first)
+    few = check_reference(tmp_path / "resumed", kto.Config(**first))
+    assert read_record(tmp_path / "resumed")["reference_seconds"] > 0
+    resumed = train_here("kto", tmp_path / "resumed", resume=True, **settings)
+    many = check_reference(tmp_path / "resumed", kto.Config(**settings))
+    assert few < many
+    assert read_record(tmp_path / "resumed")["reference_seconds"] > 0
+    for record in (straight[2], resumed[2]):  # the first run ended there, and was evaluated
+        for name in [name for name in record if name.startswith("eval_")]:
+            del record[name]
+    assert_same_metrics(straight, resumed, 1e-12)
+
+
+@pytest.mark.parametrize("kl, completions", [("zero", 2), ("mismatched", 4)])
+def test_reference_pass_shares_prompts(kl, completions, small_data, tmp_path, monkeypatch):
+    """Both completions of a pair, and their mismatched ones, are computed after one prompt."""
+    num_completions = []
+    make_micro_batches = common.make_micro_batches
+    compute = common.compute_reference_logps
+
+    def watch(examples, batch, run):
+        num_completions.append([len(examples[index].completions_ids) for index in batch])
+        return make_micro_batches(examples, batch, run)
+
+    def compute_watched(policy, example_sets, indices, run):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "make_micro_batches", watch)
+            compute(policy, example_sets, indices, run)
+        # What comes out is each completion's own.
+        for examples in example_sets:
+            for index in range(len(examples)):
+                with torch.no_grad():
+                    alone = policy(common.make_batch([examples[index]]))
+                np.testing.assert_allclose(examples.get_reference_logps(index), alone, atol=1e-9)
+
+    monkeypatch.setattr(common, "compute_reference_logps", compute_watched)
+    settings = {**DOUBLE, "max_steps": 0, "kl": kl, "data": small_data}
+    train_here("kto", tmp_path / "run", **settings)
+    assert num_completions == [[completions] * 20, [completions] * 4]
+
+
+def test_reference_that_is_damaged_or_stale(small_data, tmp_path, monkeypatch, capsys):
+    """A damaged file is computed again. One of another model gives a warning in the first step."""
+    settings = {**BASE, "max_steps": 2, "warmup_steps": 1, "data": small_data}
+    straight = train_here("dpo", tmp_path / "straight", **settings)
+    out = tmp_path / "run"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "make_optimizer", interrupt)  # after the reference pass
+        assert command_here("dpo", out, **settings) == 75
+    path = out / "reference_logps_train.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    resumed = train_here("dpo", out, resume=True, **settings)
+    assert path.read_bytes() == whole
+    assert_same_metrics(straight, resumed, 0)
+    assert "warning" not in capsys.readouterr().err
+
+    for checkpoint in (out / "checkpoints").iterdir():
+        checkpoint.rename(tmp_path / "no_checkpoint")
+    change_json(out / "run.json", finished=False)
+    logps = load_file(path)["logps"]
+    save_file({"logps": logps - 0.01}, path)
+    train_here("dpo", out, resume=True, **settings)
+    assert "warning: in the first step, policy and reference differ" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- a model's weights
+
+
+def test_weights_that_do_not_fit(small_data, tmp_path, capsys):
+    """Missing ones are refused; unexpected ones give a warning."""
+    model = copy_toy_model(tmp_path / "model")
+    weights = load_file(f"{model}/model.safetensors")
+    settings = {**BASE, "max_steps": 1, "model": model, "data": small_data}
+
+    more = {**weights, "vision_tower.weight": torch.ones(2)}
+    save_file(more, f"{model}/model.safetensors", metadata={"format": "pt"})
+    train_here("dpo", tmp_path / "more", **settings)
+    written = capsys.readouterr().err
+    assert any(
+        line.startswith("warning: ") and "vision_tower.weight" in line
+        for line in written.splitlines()
     )
-    second = set(reference.iterdir())
-    assert len(second) == len(first) + 2
-    run_here("sft", **settings(data, tmp_path / "sft", max_steps=1))
-    assert set(reference.iterdir()) == second  # it has no reference
-    run_here(
-        "dpo", **settings(data, tmp_path / "sft_dpo", max_steps=1, model=str(tmp_path / "sft"))
-    )
-    assert len(set(reference.iterdir())) == len(second) + 2
+    assert "vision_tower.weight" not in load_file(tmp_path / "more" / "model.safetensors")
+
+    fewer = {name: value for name, value in weights.items() if "layers.1." not in name}
+    save_file(fewer, f"{model}/model.safetensors", metadata={"format": "pt"})
+    assert command_here("dpo", tmp_path / "fewer", **settings) == 2
+    assert "its weights lack gpt_neox.layers.1" in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "fewer").exists()
+
+    model = copy_toy_model(tmp_path / "small_vocabulary", vocab_size=100)
+    assert command_here("dpo", tmp_path / "small", **{**settings, "model": model}) == 2
+    assert "more tokens than the model" in error_line(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("kl, behind_a_prompt", [("zero", 2), ("mismatched", 4)])
-def test_the_reference_of_both_halves_of_a_pair_is_one_row(
-    kl, behind_a_prompt, data, tmp_path, monkeypatch
-):
-    """And of their partners, which have the same prompt; what comes out is each one's own."""
-    lengths, make, passes = [], common.make_batch, []
-
-    def watch(*given, **others):
-        batch = make(*given, **others)
-        lengths.extend(batch.layout.lengths if batch.layout else [])
-        return batch
-
-    def keep(policy, examples, run):
-        lengths.clear()
-        add(policy, examples, run)
-        passes.append((len(lengths), {len(row) - 1 for row in lengths}))
-        with torch.no_grad():
-            for example in examples[:8]:
-                alone = policy(make([{**example}], packed=True)).numpy()
-                np.testing.assert_allclose(example["reference_logps"], alone, atol=1e-9)
-
-    add = common.add_reference_logps
-    monkeypatch.setattr(common, "make_batch", watch)
-    monkeypatch.setattr(common, "add_reference_logps", keep)
-    values = settings(data, tmp_path / "kto", dtype="float64", max_steps=1, kl=kl)
-    run_here("kto", **values)
-    assert passes == [(200, {behind_a_prompt}), (24, {behind_a_prompt})]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_real_rows(script, tmp_path):
-    from archangel import data as archangel_data
-
-    rows = next((ROOT / "tests" / "data").glob("hh*"))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "archangel.data",
-            "hh",
-            "--input",
-            str(rows),
-            "--out",
-            tmp_path / "hh",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert archangel_data
-    records = run_here(
-        script, **settings(tmp_path / "hh", tmp_path / "out", max_steps=2, batch_size=4)
-    )
-    assert len(records) == 3
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+def test_error_of_one_process(small_data, tmp_path):
+    """Both of two processes end with the line of the first one, which alone reads the weights."""
+    model = copy_toy_model(tmp_path / "model")
+    weights = load_file(f"{model}/model.safetensors")
+    del weights["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
+    save_file(weights, f"{model}/model.safetensors", metadata={"format": "pt"})
+    settings = {**BASE, "model": model, "data": small_data}
+    flags = ["--out", str(tmp_path / "run"), *to_flags(settings)]
+    for process in fork("dpo", [flags, flags]):
+        assert process.wait() == 2
+        assert "its weights lack gpt_neox.layers.1" in error_line(process.stderr)
+        assert "Traceback" not in process.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,129 @@
+"""Imports point one way: scripts import common, common imports the leaves, and there is no cycle.
+
+The leaves are the modules of archangel/ that a training step needs. An import inside a function
+counts like any other.
+"""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+from test_alike import COPIES, OLD_SCRIPTS, SCRIPTS
+
+ROOT = Path(__file__).parent.parent
+LEAVES = [f"archangel.{name}" for name in ("errors", "records", "run", "packed")]
+# What the leaves may import besides each other. archangel.records imports it inside find_file,
+# for --data archangel.
+LAZY_LEAF = "archangel.data"
+# Of the old core, but without an import of it; data.py uses its exit statuses.
+OLD_LEAF = "archangel.command"
+# The old core. The search for cycles leaves it out, with the modules that still import common_v1.
+OLD_CORE = {"common_v1", *(f"archangel.{name}" for name in ("command", "fast", "rows", "run_v1"))}
+
+
+def project_modules() -> dict[str, Path]:
+    """The project's modules, by the names that import them."""
+    modules = {path.stem: path for path in ROOT.glob("*.py")}
+    for path in (ROOT / "archangel").glob("*.py"):
+        if path.stem != "__init__":
+            modules[f"archangel.{path.stem}"] = path
+    return modules
+
+
+def find_imports(text: str, modules: set[str]) -> set[str]:
+    """Which of these modules some source text imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names.add(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            names.add(node.module)
+            for alias in node.names:  # each may be a module
+                names.add(f"{node.module}.{alias.name}")
+    return names & modules
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Every module of the project, and which modules of the project it imports."""
+    modules = project_modules()
+    graph = {}
+    for name, path in modules.items():
+        graph[name] = find_imports(path.read_text(), modules.keys())
+    return graph
+
+
+def graph_of_new_modules() -> dict[str, set[str]]:
+    """The graph without the old core and the modules that still import common_v1."""
+    graph = import_graph()
+    old = {name for name, imports in graph.items() if "common_v1" in imports}
+    old |= OLD_CORE
+    return {name: imports - old for name, imports in graph.items() if name not in old}
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    """The modules that are imported with `start`, directly or by what it imports."""
+    found = set()
+    waiting = [start]
+    while waiting:
+        for name in graph[waiting.pop()]:
+            if name not in found:
+                found.add(name)
+                waiting.append(name)
+    return found
+
+
+def test_find_imports():
+    text = """
+import os, a
+import a.b as c
+from a import d, value
+from e import f
+
+def g():
+    from a.h import i
+    if True:
+        import j.k
+"""
+    modules = {"a", "a.b", "a.d", "a.h", "e", "j", "j.k", "os.path", "value"}
+    assert find_imports(text, modules) == {"a", "a.b", "a.d", "a.h", "e", "j.k"}
+
+
+def test_graph_has_the_imports():
+    """Also those inside functions. An empty graph would pass all the tests below."""
+    graph = import_graph()
+    assert graph["common"] == set(LEAVES)
+    assert graph["archangel.run"] == {"archangel.errors", "archangel.records"}
+    assert graph["archangel.records"] == {"archangel.errors", LAZY_LEAF}
+
+
+def test_no_cycle():
+    graph = graph_of_new_modules()
+    assert graph.keys() >= {"common", "kto", "dpo", *LEAVES, LAZY_LEAF}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_leaf_imports_leaves(leaf):
+    """It never imports common, neither directly nor through another module."""
+    found = reachable(import_graph(), leaf)
+    assert found <= {*LEAVES, LAZY_LEAF, OLD_LEAF}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_imports_common(script):
+    """And nothing else of the project."""
+    assert import_graph()[script] == {"common"}
+
+
+@pytest.mark.parametrize("script", [*OLD_SCRIPTS, *COPIES])
+def test_old_script_imports_common_v1(script):
+    text = (ROOT / f"{script}.py").read_text()
+    assert find_imports(text, project_modules().keys()) == {"common_v1"}
+
+
+def test_package_imports_nothing():
+    """Its __init__.py is imported with each of its modules."""
+    assert (ROOT / "archangel" / "__init__.py").read_text() == ""
