@@ -209,7 +209,7 @@ plt.show()
 # it drops out of DPO's difference, and section 5 subtracts it with the expectation.
 
 # %%
-show_assignment(dpo.micro_batch_losses, "rewards")
+show_assignment(dpo.summarize, "(reward_chosen, reward_rejected)")
 beta = 0.5
 best, log_z = optimum(beta)
 recovered = beta * (best / reference).log() + beta * log_z

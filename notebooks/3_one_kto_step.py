@@ -42,7 +42,8 @@ from transformers.utils.logging import disable_progress_bar
 import common
 import dpo
 import kto
-from archangel import fast, sample
+from archangel import packed, sample
+from archangel.run import find_model
 
 plt.style.use("figures.mplstyle")
 disable_progress_bar()
@@ -92,10 +93,11 @@ plt.show()
 # is a pair, because all five losses learn from the same data. KTO takes it as two examples.
 
 # %%
-rows = common.read_rows("toy", "train", kto.FORMS)[:240]
+records, _ = common.load_records("toy", kto.FORMATS)
+records = records[:240]
 config = kto.Config(
     model="toy",
-    data=f"{folder.name}/rows.jsonl",  # the toy's first rows, for a short run
+    data=f"{folder.name}/records.jsonl",  # the toy's first records, for a short run
     out=f"{folder.name}/run",
     batch_size=16,
     lr=2e-4,
@@ -103,46 +105,48 @@ config = kto.Config(
     save_every=1,
     dtype="float64",
 )
-Path(config.data).write_text("".join(json.dumps(row) + "\n" for row in rows))
-row = rows[0]
-for field, text in row.items():
-    print(f"{field:<10}{text.strip()!r}")
+Path(config.data).write_text("".join(json.dumps(record) + "\n" for record in records))
+record = records[0]
+for column, text in record.items():
+    print(f"{column:<10}{text.strip()!r}")
 
 # %%
-run = common.Run(config)
-examples = kto.make_examples(rows, run.tokenizer, config)
-good, bad = examples[:2]
-for example in (good, bad):
-    prompt, (completion,) = example["prompt_ids"], example["completions_ids"]
-    print(f"desirable {example['desirable']!s:<6} {len(prompt)} + {len(completion)} tokens")
-    print("   ", "|".join(map(repr, run.tokenizer.batch_decode(completion[:, None]))))
+run = common.start_run(config)
+examples = kto.make_examples(records, run.tokenizer, config)
+good = examples[0]  # the first record's chosen reply
+bad = examples[1]  # and its rejected one
+for index in (0, 1):
+    completion_ids = examples[index].completions_ids[0]
+    counts = f"{len(examples[index].prompt_ids)} + {len(completion_ids)} tokens"
+    print(f"desirable {examples.desirable[index]!s:<6} {counts}")
+    print("   ", "|".join(map(repr, run.tokenizer.batch_decode(completion_ids[:, None]))))
 
 # %% [markdown]
-# Prompt and reply are tokenised apart, and the end-of-sequence token ends the reply: that a reply
-# *stops* is learned like any word of it. (This base model runs on into turns that nobody asked for,
+# Prompt and reply are tokenized separately, and the end-of-sequence token ends the reply: that a
+# reply *stops* is learned like any word of it. (This base model continues with turns of the user,
 # as in the report's Figure 3.)
 #
 # ## 3. Each prompt once
 #
-# *Not in the report.* A micro-batch is one row without padding: prompt, reply, next prompt, next
-# reply. The paired losses (DPO, SLiC), and the reference for all, have both replies behind one
-# prompt; the rejected one does not see the chosen one, and its positions go on from the end of the
-# prompt. Here is our row as DPO has it, with the rule and the positions.
+# *Not in the report.* A micro-batch is one sequence without padding: prompt, reply, next prompt,
+# next reply. The paired losses (DPO, SLiC), and the reference pass of all losses, have both replies
+# after one prompt. The rejected reply does not attend to the chosen one, and its positions continue
+# from the end of the prompt. Here is our record as DPO has it, with the rule and the positions.
 
 # %%
-model, tokenizer = sample.load(common.find_model("toy"))
+model, tokenizer = sample.load(find_model("toy"))
 model = model.double()
-common.use_packed(model, torch.device("cpu"))
-(pair,) = dpo.make_examples([row], run.tokenizer, dpo.Config(model="toy"))
-batch = common.make_batch([pair], packed=True)
+packed.use_packed_attention(model, torch.device("cpu"))
+pair = dpo.make_examples([record], run.tokenizer, dpo.Config(model="toy"))[0]
+micro_batch = common.make_micro_batch([pair], [0], packed.PackedLayout(), "cpu")
 with torch.no_grad():
-    packed = common.completion_logps(model, batch)
-    apart = common.completion_logps(model, common.make_batch([pair]))
-(lengths,) = batch.layout.lengths  # of the prompt, the chosen reply, the rejected one
+    packed_logps = common.completion_logps(model, micro_batch)
+    padded_logps = common.completion_logps(model, common.make_batch([pair]))
+lengths = packed.segment_lengths(pair)  # of the prompt, the chosen reply, the rejected one
 start, middle, length = np.cumsum(lengths)
-positions = fast.packed_arguments(model, batch.layout, batch.input_ids)["position_ids"][0]
-part, place = torch.arange(3).repeat_interleave(torch.tensor(lengths)), torch.arange(length)
-mask = fast.block_mask(torch.zeros_like(part), part, part[:0])  # one row, nothing before it
+positions = micro_batch.inputs["position_ids"][0]
+place = torch.arange(length)
+mask = packed.make_block_mask([lengths], padding=0, device="cpu")
 visible = mask.mask_mod(0, 0, place[:, None], place)
 
 figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1, 1.2))
@@ -151,38 +155,40 @@ for edge in (start, middle):
     panels[0].axvline(edge - 0.5, color="white", lw=1)
     panels[0].axhline(edge - 0.5, color="white", lw=1)
 parts = {"prompt": start / 2, "chosen": (start + middle) / 2, "rejected": (middle + length) / 2}
-panels[0].set(xlabel="looked at", ylabel="looking", title="yellow: a token may look there")
+panels[0].set(xlabel="key", ylabel="query", title="yellow: the query attends to the key")
 panels[0].set_xticks(list(parts.values()), parts)
 panels[0].set_yticks(list(parts.values()), parts, rotation=90, va="center")
 panels[1].plot(positions, "C0.-", lw=1)
 for edge in (start, middle):
     panels[1].axvline(edge - 0.5, color="0.8", lw=1)
 panels[1].set_xticks(list(parts.values()), parts)
-panels[1].set(xlabel="place in the row", ylabel="position told to the model", title="positions")
+panels[1].set(xlabel="place in the sequence", ylabel="position_ids", title="positions")
 plt.show()
-same = (packed - apart).abs().max() < 1e-9
-print(f"log-probabilities as in a row for each reply, to 1e-9 nats: {bool(same)}")
+same = (packed_logps - padded_logps).abs().max() < 1e-9
+print(f"log-probabilities as in a sequence for each reply, to 1e-9 nats: {bool(same)}")
 
 # %% [markdown]
 # ## 4. Log-probabilities
 #
 # *Equations (4) and (7) take $\log\pi(y|x)$, of a whole reply.* It is the sum over the reply's
-# tokens, never their mean. The output head runs on the places that predict these tokens and on no
-# other.
+# tokens, never their mean. The output head runs only on the positions that predict these tokens.
 
 # %%
 batch = common.make_batch([good, bad])
 with torch.no_grad():
     logps = common.completion_logps(model, batch)
 figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), sharex=True)
-for axes, example, values, colour in zip(panels, (good, bad), batch.pad(logps), ("C0", "C1")):
-    (completion,) = example["completions_ids"]
-    words = [repr(word) for word in run.tokenizer.batch_decode(completion[:, None])]
+kinds = ("desirable", "undesirable")
+values_of_both = batch.pad_completions(logps)
+for axes, example, kind, values, colour in zip(
+    panels, (good, bad), kinds, values_of_both, ("C0", "C1")
+):
+    completion_ids = example.completions_ids[0]
+    words = [repr(word) for word in run.tokenizer.batch_decode(completion_ids[:, None])]
     values = values[: len(words)]
     axes.barh(range(len(words)), values, color=colour)
     axes.set_yticks(range(len(words)), words, fontsize=8)
     axes.invert_yaxis()
-    kind = "desirable" if example["desirable"] else "undesirable"
     axes.set(xlabel="log-probability, nats", title=f"{kind}: {values.sum():.2f} nats in all")
 plt.show()
 
@@ -195,14 +201,14 @@ plt.show()
 # desirable as undesirable examples (*section 5 found that best*).
 
 # %%
-examples_of_step = kto.global_batch(examples, config, step=0)
-batch = common.make_batch(examples_of_step)
-desirable = torch.tensor([example["desirable"] for example in examples_of_step])
+schedule = kto.make_schedule(examples, config)  # the example indices of every step
+batch = common.make_batch([examples[index] for index in schedule[0]])
+desirable = torch.tensor([examples.desirable[index] for index in schedule[0]])
 
 
 def completion_sums(model, batch):
     with torch.no_grad():
-        return batch.sum(common.completion_logps(model, batch))
+        return batch.sum_completions(common.completion_logps(model, batch))
 
 
 reference_logps = completion_sums(model, batch)
@@ -228,13 +234,13 @@ print(f"pushes {up:+.4f} desirable, {down:+.4f} undesirable")
 # %% [markdown]
 # ## 6. The step
 #
-# `kto.train` does it: the same batch (it depends on the seed and the step alone), loss, gradient,
+# `kto.train` does it: the same batch (the schedule depends on the seed alone), loss, gradient,
 # RMSprop. It writes what a user's run writes; its first line of metrics is what was just computed.
 
 
 # %%
 def train(steps):
-    """kto.train, up to so many steps in all, going on where it stopped; what it logged."""
+    """kto.train, up to so many steps in all, continued where it stopped; what it logged."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar tells the time
         kto.train(dataclasses.replace(config, max_steps=steps, resume=True))
@@ -294,7 +300,7 @@ print(f"the batch's loss, 0.5 before: {losses.mean():.4f}")
 # %% [markdown]
 # ## 8. Thirty steps
 #
-# The same run goes on from its checkpoint (`--resume`) to step 30, one pass over the 240 rows.
+# The same run continues from its checkpoint (`--resume`) to step 30, one pass over 240 records.
 
 # %%
 metrics = train(steps=30)
@@ -346,7 +352,7 @@ for name, policy in table.items():
 # %%
 prompts = sample.read_prompts("toy", 24)
 settings = {"seed": 1, "top_p": 0.95, "max_new_tokens": 48, "batch_size": 24}
-paths = {"before": common.find_model("toy"), "after": Path(config.out)}
+paths = {"before": find_model("toy"), "after": Path(config.out)}
 with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
     replies = {name: sample.reply_to(path, prompts, **settings) for name, path in paths.items()}
 print(sample.show(replies, count=3, is_toy=True))
