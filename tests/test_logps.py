@@ -200,6 +200,7 @@ def test_dropout_is_off(monkeypatch):
         device=CPU,
         bfloat16=False,
         info={},
+        raise_everywhere=lambda error: None,
         config=SimpleNamespace(activation_checkpointing=False),
     )
     policy = common.load_policy(run)
