@@ -18,7 +18,8 @@ Shapes: a micro-batch holds b of the B examples of a global batch. These have C 
 C = b; for DPO C = 2b, chosen and rejected in turn), with N completion tokens in all, prompts not
 counted. The model sees R sequences of T tokens, prompts and padding included. H is the hidden size,
 V the vocabulary size. Log-probabilities ("logps") are in nats. Weights are in run.dtype, float32 or
-float64; with run.bfloat16, matrix products are in bfloat16 (autocast).
+float64. With run.bfloat16, matrix products are in bfloat16 (autocast); with several processes, so
+are all weights during the forward and the backward pass (FSDP).
 """
 
 import math
@@ -33,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -43,15 +43,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from archangel import packed
 
-# These are for the scripts, which import nothing else of the project.
+# "X as X" marks what is imported for the scripts, which import nothing else of the project.
 from archangel.errors import UserError as UserError
 from archangel.records import load_records as load_records
 from archangel.records import tokenize as tokenize
 from archangel.run import Run as Run
+from archangel.run import build_without_weights, load_language_model
 from archangel.run import check_settings as check_settings
 from archangel.run import run_script as run_script
 
@@ -101,7 +101,7 @@ EMPTY_EXAMPLE = Example(prompt_ids=[0], completions_ids=[])
 
 
 class Examples(Sequence):
-    """A sequence of examples, with columns that describe them without their tokens.
+    """A sequence of examples, with columns of what schedules and checks need to know of them.
 
     Columns, with one value for each example:
         length: tokens of the prompt and the longest completion.
@@ -168,7 +168,7 @@ class Examples(Sequence):
         return self.reference_logps[self.offsets[index] : self.offsets[index + 1]]
 
     def set_reference_logps(self, index: int, values: np.ndarray) -> None:
-        """Set them, (n,)."""
+        """Set log pi_ref of the completion tokens of an example, (n,)."""
         self.reference_logps[self.offsets[index] : self.offsets[index + 1]] = values
 
     def with_mismatched(self) -> "list[Examples]":
@@ -321,16 +321,16 @@ def make_micro_batches(examples: Examples, batch: Sequence[int], run: Run) -> li
     single example. Every process gets the same number of micro-batches, because FSDP communicates
     in each of them; some may have no examples.
     """
-    shares = divide(
+    places_of_all = divide(
         [examples[index] for index in batch],
         run.layout,
         run.config.micro_batch_tokens,
         run.world_size,
     )
     micro_batches = []
-    for share in shares:
-        places = share[run.rank]
-        chosen = [examples[batch[place]] for place in places]
+    for places_by_rank in places_of_all:
+        places = places_by_rank[run.rank]
+        own_examples = [examples[batch[place]] for place in places]
         reference_logps = None
         if examples.reference_logps is not None:
             parts = [torch.from_numpy(examples.reference_logps[:0])]  # of no example
@@ -338,7 +338,7 @@ def make_micro_batches(examples: Examples, batch: Sequence[int], run: Run) -> li
                 parts.append(torch.from_numpy(examples.get_reference_logps(batch[place])))
             reference_logps = torch.cat(parts)
         micro_batches.append(
-            make_micro_batch(chosen, places, run.layout, run.device, reference_logps)
+            make_micro_batch(own_examples, places, run.layout, run.device, reference_logps)
         )
     return micro_batches
 
@@ -508,44 +508,46 @@ class Policy(nn.Module):
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             if from_logits:
                 logits = self.lm(**micro_batch.inputs).logits.flatten(0, 1)  # (R * T, V)
-                logits = logits[micro_batch.predictors].float()  # (N, V)
+                logits = logits[micro_batch.predictors]  # (N, V)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 return -F.cross_entropy(logits, micro_batch.targets, reduction="none")
             return completion_logps(self.lm, micro_batch)
 
 
-def load_policy(run: Run) -> Policy:
+def load_policy(run: Run, policy_class: type[Policy] = Policy) -> Policy:
     """The policy on its device; with several processes, sharded over them by FSDP.
 
     Only process 0 reads the weights. The others build the model without memory for its weights, and
-    receive their shards. Raises UserError if the model cannot be trained.
+    receive their shards. Weights that a policy_class adds to the language model's are left to the
+    caller. Raises UserError if the model cannot be trained.
     """
     lm = None
     error = None
     if run.rank == 0:
         try:
-            lm = load_pretrained(run)
+            lm = load_language_model(run.model_path, run.dtype)
         except UserError as caught:
             error = caught
     run.raise_everywhere(error)
-    if run.world_size == 1:  # sharding would make it 40% slower, for the same numbers
-        policy = prepare_policy(lm, run)
+    if run.world_size == 1:  # sharding would make it 40% slower, for the same float32 numbers
+        policy = prepare_policy(policy_class(lm, run.bfloat16), run)
         return policy.to(run.device)
 
     whole_model = lm
     configs = [None if whole_model is None else whole_model.config]
     dist.broadcast_object_list(configs)
-    lm = build_without_weights(configs[0], run)
+    lm = build_without_weights(configs[0], run.dtype)
     if whole_model is not None:
         lm.generation_config = whole_model.generation_config
-    policy = prepare_policy(lm, run)
+    policy = prepare_policy(policy_class(lm, run.bfloat16), run)
     shard(policy, whole_model, run)
     return policy
 
 
-def prepare_policy(lm: nn.Module, run: Run) -> Policy:
-    """The policy of a language model, before it is moved to its device."""
-    policy = Policy(lm, run.bfloat16)
-    policy.eval()  # no dropout, even in training
+def prepare_policy(policy: Policy, run: Run) -> Policy:
+    """Prepare a policy before it is moved to its device."""
+    # No dropout, even in training: policy and reference agree before the first step.
+    policy.eval()
     run.info["parameters"] = sum(parameter.numel() for parameter in policy.parameters())
     if run.config.activation_checkpointing:
         layers = transformer_layers(policy)
@@ -587,56 +589,6 @@ def shard(policy: Policy, whole_model: nn.Module | None, run: Run) -> None:
             original_name = name.replace("_checkpoint_wrapped_module.", "")
             buffer.copy_(whole_model.get_buffer(original_name))
         dist.broadcast(buffer, src=0)
-
-
-def load_pretrained(run: Run) -> nn.Module:
-    """The whole model in the CPU's memory. Raises UserError if it cannot be trained."""
-    transformers.utils.logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(run.model_path)
-    text_config = config.get_text_config()
-    # The default attention ignores a cap on attention scores (Gemma 2), the eager one does not.
-    if getattr(text_config, "attn_logit_softcapping", None):
-        config._attn_implementation = "eager"
-    without_weights = build_without_weights(config, run)
-    if without_weights.base_model is without_weights:
-        raise UserError(
-            f"--model {run.model_path}: {config.model_type} does not separate its output head from "
-            "its transformer (base_model is the model itself), which this trainer needs"
-        )
-    try:
-        model, loading_info = AutoModelForCausalLM.from_pretrained(
-            run.model_path,
-            config=config,
-            dtype=run.dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--model {run.model_path}: {reason}") from None
-    if loading_info["missing_keys"]:
-        missing = ", ".join(sorted(loading_info["missing_keys"])[:3])
-        raise UserError(f"--model {run.model_path}: its weights lack {missing}")
-    if loading_info["unexpected_keys"]:
-        unexpected = ", ".join(sorted(loading_info["unexpected_keys"])[:3])
-        run.print(
-            f"warning: --model {run.model_path}: not part of the model, left out: {unexpected}"
-        )
-    # Some checkpoints hold a separate output head although their configuration says that it is
-    # tied to the embedding. The weights are right, so correct the configuration, from which
-    # load_policy builds the model on all processes.
-    head = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
-    model.config.get_text_config().tie_word_embeddings = head.weight is embedding.weight
-    return model
-
-
-def build_without_weights(config, run: Run) -> nn.Module:
-    """The model of this configuration on the meta device, which takes no memory for weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=run.dtype, attn_implementation=config._attn_implementation
-        )
 
 
 # ----------------------------------------------------------------------------- the check at start
@@ -886,21 +838,23 @@ def make_optimizer(policy: Policy, config) -> torch.optim.Optimizer:
     return torch.optim.RMSprop(policy.parameters(), lr=config.lr, foreach=foreach)
 
 
-def clip_gradient(policy: Policy, losses: Tensor, batch: Sequence[int], step: int, config) -> float:
-    """Scale the gradient down to --max_grad_norm, and return its norm before that.
-
-    losses: (B,) of the global batch; batch: the indices of its examples. Raises
-    FloatingPointError, before the optimizer can take the step, if a loss or the norm is not finite.
-    """
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+def clip_gradient(policy: Policy, max_norm: float) -> float:
+    """Scale the gradient down to this norm, over all processes. Returns its norm before that."""
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     if hasattr(norm, "full_tensor"):  # of sharded parameters
         norm = norm.full_tensor()
-    norm = norm.item()
+    return norm.item()
+
+
+def check_finite(losses: Tensor, grad_norm: float, batch: Sequence[int], step: int) -> None:
+    """Raise FloatingPointError, before the optimizer takes the step, if it would spoil the weights.
+
+    losses: (B,) of the global batch. batch: the indices of its examples.
+    """
     bad = [index for index, loss in zip(batch, losses.tolist()) if not math.isfinite(loss)]
-    if bad or not math.isfinite(norm):
+    if bad or not math.isfinite(grad_norm):
         raise FloatingPointError(
             f"step {step} was not taken: the loss of {len(bad)} of {len(batch)} examples is not "
             f"finite (training examples {', '.join(map(str, bad[:8])) or 'none'}, counted from 0), "
-            f"and the gradient norm is {norm}"
+            f"and the gradient norm is {grad_norm}"
         )
-    return norm

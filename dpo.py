@@ -43,7 +43,7 @@ class Config:
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
     batch_size: int = 32  # examples per optimizer step, over all processes (the report)
-    micro_batch_tokens: int = 8192  # largest micro-batch; lower it to save memory
+    micro_batch_tokens: int = 8192  # most tokens in a micro-batch; lower it to save memory
     lr: float = 5e-7  # learning rate after warm-up (HALOs)
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # RMSprop (HALOs) or AdamW (the KTO paper)
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
@@ -90,7 +90,7 @@ def dpo_loss(
     >>> dpo_loss(zero + 6, zero - 4, zero, zero)  # -log sigmoid(0.1 * (6 + 4))
     tensor([0.3133])
     """
-    # In at least float32. Logps should be summed so, too: near -800, bfloat16 values are 4 apart.
+    # In at least float32, and so should callers sum: near -800, bfloat16 values are 4 apart.
     dtype = torch.promote_types(policy_chosen_logps.dtype, torch.float32)
     chosen_log_ratios = policy_chosen_logps.to(dtype) - reference_chosen_logps.to(dtype)
     rejected_log_ratios = policy_rejected_logps.to(dtype) - reference_rejected_logps.to(dtype)
@@ -133,7 +133,8 @@ def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
     for epoch in range(num_epochs):
         epoch_end = (epoch + 1) * len(examples)
         for start in range(epoch * len(examples), epoch_end, config.batch_size):
-            stop = min(start + config.batch_size, epoch_end)  # the last batch may be smaller
+            # The last batch of an epoch may be smaller.
+            stop = min(start + config.batch_size, epoch_end)
             schedule.append(order[start:stop])
     return schedule[:num_steps]
 
@@ -185,7 +186,7 @@ def evaluate(
             batch_log_ratios = measure_log_ratios(policy, examples, batch, run)
         chosen_log_ratios, rejected_log_ratios = batch_log_ratios.unbind(1)  # (B,) each
         batch_losses = dpo_loss(
-            chosen_log_ratios,  # of policy and reference logps, only the difference matters
+            chosen_log_ratios,  # the loss depends on differences of policy and reference alone
             rejected_log_ratios,
             torch.zeros_like(chosen_log_ratios),
             torch.zeros_like(rejected_log_ratios),
@@ -213,7 +214,7 @@ def train(config: Config) -> None:
     policy = common.load_policy(run)
     common.check_model_and_choose_layout(policy, [train_set, test_set], run)
     run.claim_folder()  # nothing is written to --out before this line
-    used = sorted(set(itertools.chain(*schedule)))
+    used = sorted(set(itertools.chain.from_iterable(schedule)))
     common.add_reference_logps(policy, train_set, used, "train", run)
     common.add_reference_logps(policy, test_set, range(len(test_set)), "test", run)
     optimizer = common.make_optimizer(policy, config)
@@ -226,6 +227,7 @@ def train(config: Config) -> None:
     for step in range(steps_done + 1, len(schedule) + 1):
         start_time = time.perf_counter()
         batch = schedule[step - 1]  # the global batch, B pairs
+        num_completion_tokens = train_set.num_completion_tokens(batch)
         micro_batches = common.make_micro_batches(train_set, batch, run)
         losses = []
         log_ratios = []
@@ -250,7 +252,8 @@ def train(config: Config) -> None:
 
         losses = common.gather_batch(losses, micro_batches, len(batch))  # (B,)
         log_ratios = common.gather_batch(log_ratios, micro_batches, len(batch))  # (B, 2)
-        grad_norm = common.clip_gradient(policy, losses, batch, step, config)
+        grad_norm = common.clip_gradient(policy, config.max_grad_norm)
+        common.check_finite(losses, grad_norm, batch, step)
         lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -259,7 +262,6 @@ def train(config: Config) -> None:
         metrics = summarize(losses, log_ratios, config)
         metrics["lr"] = lr
         metrics["grad_norm"] = grad_norm
-        num_completion_tokens = train_set.num_completion_tokens(batch)
         metrics.update(run.speed_metrics(num_completion_tokens, start_time))
         if step == 1:
             common.check_first_step(log_ratios, num_completion_tokens, run)

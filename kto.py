@@ -20,7 +20,8 @@ Deviations from the report:
  3. The reference point is a constant of the loss, like z_ref in equation (6): no gradient flows
     through it. Otherwise each example would also train the examples of the other class, through
     their mean.
- 4. The reference point is estimated over the global batch: all processes and all micro-batches.
+ 4. The reference point is estimated over the global batch, of all processes and all micro-batches.
+    The report has the other half of a minibatch.
  5. The two class weights and --kl mismatched are from the KTO paper (arXiv 2402.01306). The paper
     mismatches neighbors in a minibatch; here the pairing is drawn once for the whole data set.
  6. Where the data has more of one class, the other class repeats, so that every batch is balanced.
@@ -56,7 +57,7 @@ class Config:
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
     batch_size: int = 32  # examples per optimizer step, over all processes (the report)
-    micro_batch_tokens: int = 8192  # largest micro-batch; lower it to save memory
+    micro_batch_tokens: int = 8192  # most tokens in a micro-batch; lower it to save memory
     lr: float = 5e-7  # learning rate after warm-up (HALOs)
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # RMSprop (HALOs) or AdamW (the KTO paper)
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
@@ -115,7 +116,7 @@ def kto_loss(
     >>> kto_loss(zero + 10, zero, torch.tensor([True, False]), 0.0)  # 1 - sigmoid(+-1)
     tensor([0.2689, 0.7311])
     """
-    # In at least float32. Logps should be summed so, too: near -800, bfloat16 values are 4 apart.
+    # In at least float32, and so should callers sum: near -800, bfloat16 values are 4 apart.
     dtype = torch.promote_types(policy_logps.dtype, torch.float32)
     log_ratios = policy_logps.to(dtype) - reference_logps.to(dtype)  # (B,)
     # Detached: the reference point is what an example is compared with, and is not trained.
@@ -160,8 +161,8 @@ def kahneman_tversky_value(
     """
     gain = torch.as_tensor(z) - z_ref
     # Where the gain is 0, take the power of 1 instead: avoids inf * 0 = nan in the backward pass.
-    size = torch.where(gain == 0, 1.0, gain.abs()) ** alpha
-    return torch.where(gain == 0, 0.0, torch.where(gain > 0, size, -loss_aversion * size))  # (6)
+    power = torch.where(gain == 0, 1.0, gain.abs()) ** alpha
+    return torch.where(gain == 0, 0.0, torch.where(gain > 0, power, -loss_aversion * power))  # (6)
 
 
 def kto_value(z: torch.Tensor, z_ref: torch.Tensor | float) -> torch.Tensor:
@@ -220,7 +221,8 @@ def draw_mismatched(examples: common.Examples, config: Config) -> common.Example
         room = config.max_length - len(prompt_ids)
         completion_ids = examples[other].completions_ids[0][:room]
         mismatched.append(
-            common.Example(prompt_ids, [completion_ids]), examples.record_number[index]
+            common.Example(prompt_ids, [completion_ids]),
+            record_number=examples.record_number[index],
         )
     return mismatched
 
@@ -228,8 +230,8 @@ def draw_mismatched(examples: common.Examples, config: Config) -> common.Example
 def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
     """The indices of the examples of every step: half of them desirable, half undesirable.
 
-    Section 5 of the report found balanced batches to work best. An epoch is one pass over the
-    larger class. The smaller class repeats, in a new order each time.
+    Section 5 of the report found balanced batches to work best for KTO. An epoch is one pass over
+    the larger class. The smaller class repeats, in a new order each time.
     """
     desirable_indices = [i for i in range(len(examples)) if examples.desirable[i]]
     undesirable_indices = [i for i in range(len(examples)) if not examples.desirable[i]]
@@ -257,7 +259,8 @@ def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
     for epoch in range(num_epochs):
         epoch_end = (epoch + 1) * len(larger)
         for start in range(epoch * len(larger), epoch_end, half):
-            stop = min(start + half, epoch_end)  # the last batch of an epoch may be smaller
+            # The last batch of an epoch may be smaller.
+            stop = min(start + half, epoch_end)
             batch = [larger[place] for place in larger_order[start:stop]]
             batch += [smaller[place] for place in smaller_order[start:stop]]
             schedule.append(batch)
@@ -319,6 +322,7 @@ def summarize(
     """The metrics of a global batch, from (B,) values of its examples.
 
     log_ratio_desirable and log_ratio_undesirable are the means that --kl other_half clamps at 0.
+    They are nan for a class without examples, which held-out data may have.
     """
     log_ratio_desirable = log_ratios[desirable].mean().item()
     log_ratio_undesirable = log_ratios[~desirable].mean().item()
@@ -351,7 +355,7 @@ def evaluate(
             batch_log_ratios = measure_log_ratios(policy, examples, batch, run)
             kl = estimate_kl(policy, examples, batch, config, run, batch_log_ratios)
         batch_losses = kto_loss(
-            batch_log_ratios,  # of policy_logps and reference_logps, only the difference matters
+            batch_log_ratios,  # the loss depends on the difference of policy and reference alone
             torch.zeros_like(batch_log_ratios),
             labels_of(examples, batch, run),
             kl,
@@ -404,7 +408,7 @@ def train(config: Config) -> None:
     policy = common.load_policy(run)
     common.check_model_and_choose_layout(policy, [train_set, test_set], run)
     run.claim_folder()  # nothing is written to --out before this line
-    used = sorted(set(itertools.chain(*schedule)))
+    used = sorted(set(itertools.chain.from_iterable(schedule)))
     common.add_reference_logps(policy, train_set, used, "train", run)
     common.add_reference_logps(policy, test_set, range(len(test_set)), "test", run)
     optimizer = common.make_optimizer(policy, config)
@@ -417,15 +421,16 @@ def train(config: Config) -> None:
     for step in range(steps_done + 1, len(schedule) + 1):
         start_time = time.perf_counter()
         batch = schedule[step - 1]  # the global batch, B examples
+        num_completion_tokens = train_set.num_completion_tokens(batch)
         desirable = labels_of(train_set, batch, run)  # (B,)
         micro_batches = common.make_micro_batches(train_set, batch, run)
 
         # The loss of the first micro-batch already needs the reference point of the whole global
         # batch. So it is estimated before, by an extra forward pass without gradient. With --kl
-        # other_half and a single micro-batch (the same number on every process) that pass is
-        # skipped: the training pass below has all log-ratios before it computes the loss.
-        skip_extra_pass = config.kl == "other_half" and len(micro_batches) == 1
-        if not skip_extra_pass:
+        # other_half and a single micro-batch (the same number on every process) the training pass
+        # below has all log-ratios before it computes the loss, and gives the reference point, too.
+        kl_from_training_pass = config.kl == "other_half" and len(micro_batches) == 1
+        if not kl_from_training_pass:
             kl = estimate_kl(policy, train_set, batch, config, run)  # (B,)
 
         losses = []
@@ -434,7 +439,7 @@ def train(config: Config) -> None:
             policy_logps = micro_batch.sum_completions(policy(micro_batch))  # (b,)
             reference_logps = micro_batch.sum_completions(micro_batch.reference_logps)  # (b,)
             log_ratios.append((policy_logps - reference_logps).detach())
-            if skip_extra_pass:
+            if kl_from_training_pass:
                 all_log_ratios = common.gather_batch(log_ratios, micro_batches, len(batch))
                 kl = kl_from_other_half(all_log_ratios, desirable)
             micro_losses = kto_loss(
@@ -453,7 +458,8 @@ def train(config: Config) -> None:
 
         losses = common.gather_batch(losses, micro_batches, len(batch))  # (B,)
         log_ratios = common.gather_batch(log_ratios, micro_batches, len(batch))  # (B,)
-        grad_norm = common.clip_gradient(policy, losses, batch, step, config)
+        grad_norm = common.clip_gradient(policy, config.max_grad_norm)
+        common.check_finite(losses, grad_norm, batch, step)
         lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -462,7 +468,6 @@ def train(config: Config) -> None:
         metrics = summarize(losses, log_ratios, kl, desirable, config)
         metrics["lr"] = lr
         metrics["grad_norm"] = grad_norm
-        num_completion_tokens = train_set.num_completion_tokens(batch)
         metrics.update(run.speed_metrics(num_completion_tokens, start_time))
         if step == 1:
             common.check_first_step(log_ratios, num_completion_tokens, run)

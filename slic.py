@@ -1,18 +1,20 @@
-"""Sequence-Likelihood Calibration (SLiC), the report's section 3.2, equation (5).
+"""Sequence-Likelihood Calibration (SLiC): section 3.2 of the report, equation (5).
 
-Of a pair of replies the preferred one should be likelier by a margin beta; a language-modelling
-term keeps the policy near the text it should write:
+Each prompt x has two completions, of which y_w (chosen) was preferred to y_l (rejected). The chosen
+one should be more likely by a margin of beta. A language-modeling term keeps the policy near the
+text that it should write.
 
-    calibration = max(0, beta - log pi(y_w|x) + log pi(y_l|x))                      (5)  nats
+    calibration = max(0, beta - log pi(y_w|x) + log pi(y_l|x))                  (5), in nats
     loss        = calibration + lambda_reg * (-log pi(y_target|x))
+                  averaged over the global batch
 
-and its mean over the global batch. There is no reference model.
+There is no reference model, and no SFT before: the second term takes its place.
 
 Deviations from the report:
- 1. The report's second term is over samples of pi_ref, which it takes to be the SFT data. Here
-    y_target is a row's `target` where it has one, else the chosen reply.
+ 1. The second term of the report is over samples of pi_ref, for which it takes the SFT data. Here
+    y_target is the record's `target` where it has one, else the chosen completion.
  2. The report prints a "preference model" for SLiC that is never above 0, so it is no probability,
-    and drops a logarithm in it. It is a utility: `slic_value`, in the form of section 4.
+    and drops a logarithm in it. It is a utility: see slic_value, in the form of section 4.
 
     python slic.py --model toy --data toy --lr 1e-4 --warmup_steps 10 --out runs/slic
     torchrun --nproc_per_node=8 slic.py --model pythia-1.4b
@@ -20,50 +22,52 @@ Deviations from the report:
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-import common_v1 as common
+import common
 
-FORMS = ("preference",)  # the kinds of row that hold what this loss needs
+FORMATS = ("preference",)  # the records that this loss can learn from
 
 
 @dataclass
 class Config:
-    """Every setting; the comments are what --help prints. (HALOs): as in the authors' code."""
+    """All settings; the comments are what --help prints.
+
+    (HALOs) marks the defaults of the authors' code, github.com/ContextualAI/HALOs, December 2023.
+    """
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
     data: str = "archangel"  # archangel (HH, SHP, OASST), toy, a .jsonl or a folder of train, test
     out: str = "runs/slic"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
-    batch_size: int = 32  # examples an optimizer step, over all processes (the report)
-    micro_batch_tokens: int = 8192  # most tokens a process runs at once; fewer need less memory
+    batch_size: int = 32  # examples per optimizer step, over all processes (the report)
+    micro_batch_tokens: int = 8192  # most tokens in a micro-batch; lower it to save memory
     lr: float = 5e-7  # learning rate after warm-up (HALOs)
-    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # RMSprop (HALOs) or the later paper's AdamW
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # RMSprop (HALOs) or AdamW (the KTO paper)
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
-    max_grad_norm: float = 10.0  # the gradient is scaled to at most this norm (HALOs)
-    max_length: int = 2048  # most tokens of a prompt and a completion together (HALOs)
-    max_prompt_length: int = 1024  # a too long prompt keeps at least so many tokens (HALOs)
-    truncate_prompt: Literal["start", "end"] = "start"  # which side of a too long prompt goes
-    seed: int = 1  # of the order of the data (HALOs)
-    eval_every: int = 0  # steps between held-out figures; 0: at start and end only
-    save_every: int = 500  # steps between checkpoints, with one at the end; 0: none
-    resume: bool = False  # go on from the last checkpoint in --out
+    max_grad_norm: float = 10.0  # the gradient is scaled down to this norm (HALOs)
+    max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
+    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens (HALOs)
+    truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
+    seed: int = 1  # determines the order of the data (HALOs)
+    eval_every: int = 0  # steps between evaluations; 0: only before and after training
+    save_every: int = 500  # steps between checkpoints, and one at the end; 0: only after a signal
+    resume: bool = False  # continue from the last checkpoint in --out
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on GPUs
-    activation_checkpointing: bool = False  # recompute each block in backward: slower, less memory
+    activation_checkpointing: bool = False  # recompute activations in backward: slower, less memory
     # SLiC's own
-    beta: float = 1.0  # the margin, nats (HALOs)
-    lambda_reg: float = 0.1  # weight of the language-modelling term (HALOs)
+    beta: float = 1.0  # the margin, in nats (HALOs)
+    lambda_reg: float = 0.1  # weight of the language-modeling term (HALOs)
 
     def __post_init__(self):
-        common.check_settings(self, above_zero=("beta",))
+        common.check_settings(self, positive=("beta",))
 
 
-# ------------------------------------------------------------------------------------- the loss
+# --------------------------------------------------------------------------------------- the loss
 
 
 def slic_loss(
@@ -73,144 +77,211 @@ def slic_loss(
     beta: float = 1.0,
     lambda_reg: float = 0.1,
 ) -> torch.Tensor:
-    """SLiC's loss for each pair, equation (5) and the one under it.
+    """SLiC's loss of each pair: equation (5), and the language-modeling term below it.
 
     Args:
-        policy_*: (B,) log-probabilities of whole completions, nats, summed over tokens.
-        beta: the margin, nats, above 0. lambda_reg: weight of the language-modelling term, from 0.
+        policy_chosen_logps, policy_rejected_logps, policy_target_logps: (B,) log-probabilities of
+            whole completions, in nats, summed over tokens.
+        beta: the margin in nats, above 0.
+        lambda_reg: weight of the language-modeling term, at least 0.
     Returns:
         (B,) losses, at least 0.
 
-    >>> two, three = torch.tensor([-2.0]), torch.tensor([-3.0])
-    >>> slic_loss(two, three, two)  # the margin is kept: 0 + 0.1 * 2
+    >>> likely, unlikely = torch.tensor([-2.0]), torch.tensor([-3.0])
+    >>> slic_loss(likely, unlikely, likely)  # the margin is kept: 0 + 0.1 * 2
     tensor([0.2000])
-    >>> slic_loss(three, two, three)  # 1 + 3 - 2 + 0.1 * 3
+    >>> slic_loss(unlikely, likely, unlikely)  # 1 + 3 - 2 + 0.1 * 3
     tensor([2.3000])
     """
-    # At least float32: near -800 nats bfloat16 cannot tell 4 nats apart.
+    # In at least float32, and so should callers sum: near -800, bfloat16 values are 4 apart.
     dtype = torch.promote_types(policy_chosen_logps.dtype, torch.float32)
-    chosen, rejected = policy_chosen_logps.to(dtype), policy_rejected_logps.to(dtype)
-    calibration = torch.relu(beta - chosen + rejected)  # (5)
+    margin = policy_chosen_logps.to(dtype) - policy_rejected_logps.to(dtype)  # (B,)
+    calibration = torch.relu(beta - margin)  # (5)
     return calibration - lambda_reg * policy_target_logps.to(dtype)
 
 
 def slic_value(
     reward_chosen: torch.Tensor, reward_rejected: torch.Tensor, beta: float
 ) -> torch.Tensor:
-    """SLiC's value of a reward against the rejected one's, section 4: min(0, difference - beta).
+    """SLiC's value of a reward compared with the rejected one's: min(0, difference - beta).
 
-    0 past the margin, a line of slope 1 below it.
+    Section 4. It is 0 from the margin on, and a line of slope 1 below it. For Figure 4; training
+    uses slic_loss.
     """
     return torch.clamp(reward_chosen - reward_rejected - beta, max=0)
 
 
-# ------------------------------------------------------------ rows to examples, batches, losses
+# --------------------------------------------------------------------------- records to examples
 
 
-def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
-    """Rows to examples, one a pair: prompt_ids, completions_ids of chosen, rejected and target."""
-    texts = []
-    for row in rows:
-        own_target = [row["target"]] if row.get("target", row["chosen"]) != row["chosen"] else []
-        texts.append((row["prompt"], [row["chosen"], row["rejected"], *own_target]))
-    return common.tokenise(texts, tokenizer, config)
+def make_examples(records: list[dict], tokenizer, config: Config) -> common.Examples:
+    """Records to examples: a prompt with its chosen and rejected completions.
 
-
-def steps_per_epoch(examples: list[dict], config: Config) -> int:
-    """Steps in one pass over the examples."""
-    return math.ceil(len(examples) / config.batch_size)
-
-
-def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
-    """The examples of a step, counted from 0; an epoch passes once over all of them."""
-    epoch, number = divmod(step, steps_per_epoch(examples, config))
-    start = epoch * len(examples) + number * config.batch_size
-    stop = min(start + config.batch_size, (epoch + 1) * len(examples))
-    return [examples[i] for i in common.endless(len(examples), (config.seed,), start, stop)]
-
-
-def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Run) -> Iterator:
-    """Yield, for each micro-batch of this process, (loss, indices (b,), {figure: (b,)}).
-
-    batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.
+    A target that is not the chosen completion is the third one.
     """
-    for micro in common.micro_batches(batch, run):
-        logps = micro.sum(policy(micro))  # (C,): two or three completions a pair
-        counts = torch.tensor([len(batch[i]["completions_ids"]) for i in micro.indices]).long()
-        first = counts.cumsum(0) - counts  # (b,)
-        chosen, rejected = logps[first], logps[first + 1]
-        target = logps[torch.where(counts == 3, first + 2, first)]
-        losses = slic_loss(chosen, rejected, target, config.beta, config.lambda_reg)  # (b,)
-        margin = (chosen - rejected).detach()
-        figures = {
-            "loss": losses,
-            "logp_margin": margin,
-            "logp_accuracy": (margin > 0).to(margin),
-            "clear_of_margin": (margin > config.beta).to(margin),
-        }
-        yield losses.sum() / len(batch), micro.indices, figures
+    texts = []
+    for record in records:
+        completions = [record["chosen"], record["rejected"]]
+        if "target" in record and record["target"] != record["chosen"]:
+            completions.append(record["target"])
+        texts.append((record["prompt"], completions))
+    examples = common.Examples()
+    for tokenized in common.tokenize(texts, tokenizer, config):
+        example = common.Example(tokenized.prompt_ids, tokenized.completions_ids)
+        examples.append(example, was_cut=tokenized.was_cut)
+    return examples
 
 
-def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, float]:
-    """What metrics.jsonl says of a global batch's figures, (B,) each: their means."""
-    return {name: values.mean().item() for name, values in figures.items()}
+def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
+    """The indices of the examples of every step. An epoch is one pass over all of them."""
+    steps_per_epoch = math.ceil(len(examples) / config.batch_size)
+    num_steps = config.max_steps or config.epochs * steps_per_epoch
+    num_epochs = math.ceil(num_steps / steps_per_epoch)
+
+    order = common.shuffled_passes(len(examples), num_epochs * len(examples), seed=(config.seed,))
+    schedule = []
+    for epoch in range(num_epochs):
+        epoch_end = (epoch + 1) * len(examples)
+        for start in range(epoch * len(examples), epoch_end, config.batch_size):
+            # The last batch of an epoch may be smaller.
+            stop = min(start + config.batch_size, epoch_end)
+            schedule.append(order[start:stop])
+    return schedule[:num_steps]
 
 
-# ------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------- the training
+
+
+def locate_completions(
+    examples: common.Examples, batch: list[int], micro_batch: common.MicroBatch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which of the C completions of a micro-batch are chosen, rejected and target, (b,) each.
+
+    batch: the indices of the examples of the global batch.
+    """
+    chosen = []
+    rejected = []
+    target = []
+    first = 0  # position of an example's first completion among all C
+    for place in micro_batch.places.tolist():
+        num_completions = len(examples[batch[place]].completions_ids)
+        chosen.append(first)
+        rejected.append(first + 1)
+        target.append(first + 2 if num_completions == 3 else first)
+        first += num_completions
+    device = micro_batch.places.device
+    return (
+        torch.tensor(chosen, dtype=torch.long, device=device),
+        torch.tensor(rejected, dtype=torch.long, device=device),
+        torch.tensor(target, dtype=torch.long, device=device),
+    )
+
+
+def summarize(losses: torch.Tensor, margins: torch.Tensor, config: Config) -> dict[str, float]:
+    """The metrics of a global batch, from its losses and margins of log-probability, (B,) each."""
+    is_right = torch.heaviside(margins, margins.new_tensor(0.5))  # a tie counts as one half
+    return {
+        "loss": losses.mean().item(),
+        "logp_margin": margins.mean().item(),
+        "logp_accuracy": is_right.mean().item(),
+        "clear_of_margin": (margins > config.beta).to(margins).mean().item(),
+    }
 
 
 @torch.no_grad()
-def evaluate(policy, examples: list[dict], config: Config, run: common.Run) -> dict[str, float]:
-    """The same figures on held-out examples, a batch of consecutive ones at a time."""
-    parts = []
-    for first in range(0, len(examples), config.batch_size):
-        batch = examples[first : first + config.batch_size]
-        for _, indices, figures in micro_batch_losses(policy, batch, config, run):
-            parts.append((indices + first, figures))
-    if not parts:
+def evaluate(
+    policy, examples: common.Examples, config: Config, run: common.Run
+) -> dict[str, float]:
+    """The metrics on held-out examples, a batch of consecutive ones at a time."""
+    losses = []
+    margins = []
+    for start in range(0, len(examples), config.batch_size):
+        batch = list(range(start, min(start + config.batch_size, len(examples))))
+        micro_batches = common.make_micro_batches(examples, batch, run)
+        batch_losses = []
+        batch_margins = []
+        for micro_batch in micro_batches:
+            chosen, rejected, target = locate_completions(examples, batch, micro_batch)
+            policy_logps = micro_batch.sum_completions(policy(micro_batch))  # (C,)
+            micro_losses = slic_loss(
+                policy_logps[chosen],
+                policy_logps[rejected],
+                policy_logps[target],
+                config.beta,
+                config.lambda_reg,
+            )  # (b,)
+            batch_losses.append(micro_losses)
+            batch_margins.append(policy_logps[chosen] - policy_logps[rejected])
+        losses.append(common.gather_batch(batch_losses, micro_batches, len(batch)))
+        margins.append(common.gather_batch(batch_margins, micro_batches, len(batch)))
+    if not losses:
         return {}
-    figures = summarise(common.gather(parts, len(examples), run), examples)
-    return {f"eval_{name}": value for name, value in figures.items()}
+    metrics = summarize(torch.cat(losses), torch.cat(margins), config)
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def train(config: Config) -> None:
     """Train --model on --data into --out."""
-    run = common.Run(config)
-    rows, held_out = common.read_data(config.data, FORMS)
-    train_set = make_examples(rows, run.tokenizer, config)
-    test_set = make_examples(held_out, run.tokenizer, config)
-    steps = config.max_steps or config.epochs * steps_per_epoch(train_set, config)
-    if not run.start(train_set, test_set, steps):
+    run = common.start_run(config)
+    records, test_records = common.load_records(config.data, FORMATS)
+    train_set = make_examples(records, run.tokenizer, config)
+    test_set = make_examples(test_records, run.tokenizer, config)
+    schedule = make_schedule(train_set, config)  # the example indices of every step
+    run.check_data(len(records), train_set, test_set, schedule)
+    if run.is_finished():
         return
+
     policy = common.load_policy(run)
-    common.self_check(policy, train_set + test_set, run)
+    common.check_model_and_choose_layout(policy, [train_set, test_set], run)
+    run.claim_folder()  # nothing is written to --out before this line
     optimizer = common.make_optimizer(policy, config)
-    done = run.resume(policy, optimizer)
-    if done == 0:
+
+    steps_done = run.load_checkpoint(policy, optimizer)
+    if steps_done == 0:
         run.log(0, evaluate(policy, test_set, config, run))
-    for step in range(done + 1, steps + 1):
-        started = time.perf_counter()
-        batch = global_batch(train_set, config, step - 1)
-        parts = []
-        for loss, indices, figures in micro_batch_losses(policy, batch, config, run):
-            # The global batch's loss is a sum over processes, but FSDP averages their gradients.
-            (loss * run.world_size).backward()
-            parts.append((indices, figures))
-        figures = common.gather(parts, len(batch), run)
-        grad_norm = common.clip_gradient(policy, batch, figures, run, step)
+    run.save_on_signals()
+    for step in range(steps_done + 1, len(schedule) + 1):
+        start_time = time.perf_counter()
+        batch = schedule[step - 1]  # the global batch, B pairs
+        num_completion_tokens = train_set.num_completion_tokens(batch)
+        micro_batches = common.make_micro_batches(train_set, batch, run)
+        losses = []
+        margins = []
+        for micro_batch in micro_batches:
+            chosen, rejected, target = locate_completions(train_set, batch, micro_batch)
+            policy_logps = micro_batch.sum_completions(policy(micro_batch))  # (C,)
+            margins.append((policy_logps[chosen] - policy_logps[rejected]).detach())
+            micro_losses = slic_loss(
+                policy_logps[chosen],
+                policy_logps[rejected],
+                policy_logps[target],
+                config.beta,
+                config.lambda_reg,
+            )  # (b,)
+            # The gradient of the mean over the global batch is a sum over micro-batches and
+            # processes. FSDP takes the mean over processes, hence world_size.
+            (micro_losses.sum() / len(batch) * run.world_size).backward()
+            losses.append(micro_losses.detach())
+
+        losses = common.gather_batch(losses, micro_batches, len(batch))  # (B,)
+        margins = common.gather_batch(margins, micro_batches, len(batch))  # (B,)
+        grad_norm = common.clip_gradient(policy, config.max_grad_norm)
+        common.check_finite(losses, grad_norm, batch, step)
         lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        record = summarise(figures, batch) | {"lr": lr, "grad_norm": grad_norm}
-        record |= run.speed(batch, started)
-        if step == steps or config.eval_every and step % config.eval_every == 0:
-            record |= evaluate(policy, test_set, config, run)
-        run.log(step, record)
+
+        metrics = summarize(losses, margins, config)
+        metrics["lr"] = lr
+        metrics["grad_norm"] = grad_norm
+        metrics.update(run.speed_metrics(num_completion_tokens, start_time))
+        if step == len(schedule) or (config.eval_every and step % config.eval_every == 0):
+            metrics.update(evaluate(policy, test_set, config, run))
+        run.log(step, metrics)
         run.save_if_due(step, policy, optimizer)
     run.export(policy)
 
 
 if __name__ == "__main__":
-    with common.exit_status():
-        train(common.parse(Config, __doc__))
+    common.run_script(train, Config, __doc__)

@@ -1,6 +1,6 @@
-"""TRL's own trainers as contenders of the benchmark: their real loop, a step a turn.
+"""TRL's trainers as contenders of the benchmark: their own training loop, a step per turn.
 
-Read for TRL 1.16. Imported only where TRL is installed; nothing else of the project needs it.
+Written for TRL 1.16. It is needed for --peer trl and --peer compact only.
 """
 
 import math
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from archangel.benchmark import WARMUP, Config, Turns, fingerprint
+from archangel.benchmark_turns import WARMUP_STEPS, Turns, fingerprint
 
 
 @dataclass(frozen=True)
@@ -19,52 +19,58 @@ class Options:
     """How TRL is set."""
 
     best: bool = False  # precomputed reference, no gradient checkpointing
-    compact: bool = False  # the output head on completion tokens, though there is no Triton
+    compact: bool = False  # the output head on completion tokens only, although without Triton
 
 
-ROWS = {
+VARIANTS = {
     "trl, as it comes": Options(),
     "trl, best": Options(best=True),
     "trl, compact": Options(best=True, compact=True),
 }
 
 
-class TakeTurns(TrainerCallback):
-    """Lets TRL's loop do one optimizer step a turn, data loading included.
+class StepTurns(TrainerCallback):
+    """Lets TRL's loop take one optimizer step per turn, data loading included.
 
-    whole: makes a batch's loss of its parts'.
+    combine: makes the loss of a batch from the losses of its micro-batches.
     """
 
-    def __init__(self, turns: Turns, whole: Callable):
-        self.turns, self.losses, self.whole = turns, [], whole
+    def __init__(self, turns: Turns, combine: Callable):
+        self.turns = turns
+        self.combine = combine
+        self.micro_batch_losses = []
 
-    def on_train_begin(self, args, state, control, **_) -> None:
-        """The first step's turn."""
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Wait for the turn of the first step."""
         self.turns.wait()
 
-    def on_step_end(self, args, state, control, **_) -> None:
-        """The end of a turn. After the warm-up the epoch starts again, over all rows."""
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """End the turn. After the warm-up, begin a new epoch, over all of the data."""
         self.turns.stop()
-        self.turns.tell(loss=self.whole(torch.stack(self.losses)).item())
-        self.losses.clear()
-        control.should_epoch_stop = state.global_step == WARMUP
+        loss = self.combine(torch.stack(self.micro_batch_losses))
+        self.turns.tell(loss=loss.item())
+        self.micro_batch_losses.clear()
+        control.should_epoch_stop = state.global_step == WARMUP_STEPS
         self.turns.wait()
 
 
-def settings(config: Config, options: Options, folder: Path) -> dict:
-    """What TRL's three trainers are told alike."""
-    at_once = config.peer_rows_at_once or config.batch_size
+def make_settings(config, options: Options, folder: Path) -> dict:
+    """The settings that TRL's three trainers have in common."""
+    rows_at_once = config.peer_rows_at_once or config.batch_size
+    bfloat16 = config.dtype == "bfloat16"
+    if config.dtype == "auto":
+        bfloat16 = torch.cuda.is_available()
     return {
         "output_dir": str(folder / "trl"),
-        "per_device_train_batch_size": at_once,
-        "gradient_accumulation_steps": config.batch_size // at_once,
+        "per_device_train_batch_size": rows_at_once,
+        "gradient_accumulation_steps": config.batch_size // rows_at_once,
         "num_train_epochs": 2,
         "optim": "rmsprop",
         "learning_rate": config.lr,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 10.0,
         "max_length": config.max_length,
-        "bf16": torch.cuda.is_available(),
+        "bf16": bfloat16,
         "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": not options.best,
         "train_sampling_strategy": "sequential",  # in the order of our batches
@@ -76,88 +82,106 @@ def settings(config: Config, options: Options, folder: Path) -> dict:
     }
 
 
-def trainer_class(method: str) -> tuple[type, type, dict]:
-    """TRL's trainer, its settings' class, and what this loss needs of them."""
+def find_trainer(method: str) -> tuple[type, type, dict]:
+    """TRL's trainer for a method, the class of its settings, and the method's own settings."""
     import trl
 
     if method == "sft":
         return trl.SFTTrainer, trl.SFTConfig, {}
     if method == "kto":
         return trl.KTOTrainer, trl.KTOConfig, {"beta": 0.1}
-    # SLiC's hinge without a reference is in TRL's experimental CPOTrainer alone; this one, on log-
-    # ratios, has a reference.
-    loss = "sigmoid" if method == "dpo" else "hinge"
-    return trl.DPOTrainer, trl.DPOConfig, {"beta": 0.1, "loss_type": [loss]}
+    # SLiC's hinge without a reference is only in TRL's experimental CPOTrainer. The one of the
+    # DPOTrainer is on log-ratios, and has a reference.
+    loss_type = "sigmoid" if method == "dpo" else "hinge"
+    return trl.DPOTrainer, trl.DPOConfig, {"beta": 0.1, "loss_type": [loss_type]}
 
 
-def completions(dataset) -> dict[str, float]:
-    """The log-probability of each completion of a prepared data set; nan where it has none."""
-    found = {}
+def find_logps(dataset) -> dict[str, float]:
+    """The log pi_ref of each completion of a data set that TRL prepared, by its fingerprint.
+
+    In nats; nan if TRL has not computed it.
+    """
+    logps = {}
     for row in dataset:
-        if "labels" in row:  # SFT: one sequence, -100 where there is no completion
-            start = next(i for i, label in enumerate(row["labels"]) if label != -100)
-            found[fingerprint(row["input_ids"][:start], row["input_ids"][start:])] = math.nan
-        for name in ("chosen", "rejected", "completion"):
-            if f"{name}_ids" in row:
-                column = "ref_logps" if name == "completion" else f"ref_{name}_logps"
+        if "labels" in row:  # SFT: one sequence, with labels of -100 before the completion
+            prompt_length = 0
+            while row["labels"][prompt_length] == -100:
+                prompt_length += 1
+            prompt_ids = row["input_ids"][:prompt_length]
+            completion_ids = row["input_ids"][prompt_length:]
+            logps[fingerprint(prompt_ids, completion_ids)] = math.nan
+        if "chosen_ids" in row:  # DPO
+            for name in ("chosen", "rejected"):
                 key = fingerprint(row["prompt_ids"], row[f"{name}_ids"])
-                found[key] = row.get(column, math.nan)
-    return found
+                logps[key] = row.get(f"ref_{name}_logps", math.nan)
+        if "completion_ids" in row:  # KTO
+            key = fingerprint(row["prompt_ids"], row["completion_ids"])
+            logps[key] = row.get("ref_logps", math.nan)
+    return logps
 
 
-def peer(connection, config: Config, folder: Path, rows: Path, name: str, options: Options) -> None:
-    """TRL's trainer in turns: the reference pass, where it is done apart, then its `train`."""
+def trl_trainer(
+    connection, config, folder: Path, records_path: Path, name: str, options: Options
+) -> None:
+    """TRL's trainer: its reference pass, if that comes before training, then its `train`, in turns.
+
+    See Contender for the arguments.
+    """
     import trl.trainer.utils
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if options.compact:  # where add_fused_lm_head asks; the kernels themselves stay torch's
+    if options.compact:
+        # TRL's output head on completion tokens asks for Triton, but computes with torch.
         trl.trainer.utils._use_triton = lambda device: True
     turns = Turns(connection)
-    # SFT's parts are divided by the tokens of the whole batch already.
-    callback = TakeTurns(turns, torch.sum if config.method == "sft" else torch.mean)
-    base, config_class, own = trainer_class(config.method)
-    if config.method != "sft":
-        own = own | {"precompute_ref_log_probs": options.best}
+    trainer_class, config_class, own_settings = find_trainer(config.method)
+    precompute_reference = options.best and config.method != "sft"
+    if precompute_reference:
+        own_settings["precompute_ref_log_probs"] = True
+    # SFT divides the loss of a micro-batch by the tokens of the whole batch, the others by its own
+    # number of rows.
+    callback = StepTurns(turns, torch.sum if config.method == "sft" else torch.mean)
 
-    class Measured(base):
+    class MeasuredTrainer(trainer_class):
+        """The trainer with turns and with the losses of its micro-batches."""
+
         def _precompute_ref_logps(self, *args, **kwargs):
             turns.count_tokens(self.model)
             turns.count_tokens(self.ref_model)
             turns.wait()
             dataset = super()._precompute_ref_logps(*args, **kwargs)
             turns.stop()
-            turns.tell(texts=completions(dataset))
+            turns.tell(texts=find_logps(dataset))
             return dataset
 
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
-            callback.losses.append(loss.detach())
+            callback.micro_batch_losses.append(loss.detach())
             return loss
 
     dataset = load_dataset(
-        "json", data_files=str(rows), cache_dir=str(folder / name), split="train"
+        "json", data_files=str(records_path), cache_dir=str(folder / name), split="train"
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    models = {"model": str(folder / "model")}
-    if own.get("precompute_ref_log_probs"):
-        # A model of its own for the reference: from the policy TRL would take more than log-
-        # probabilities, its metrics, and throw them away.
-        models["ref_model"] = AutoModelForCausalLM.from_pretrained(
-            folder / "model", use_safetensors=True
-        )
-    trainer = Measured(
+    model_path = folder / "model"
+    models = {"model": str(model_path)}
+    if precompute_reference:
+        # A separate model for the reference. With the policy for both, TRL would also compute
+        # metrics in the reference pass, and throw them away.
+        models["ref_model"] = AutoModelForCausalLM.from_pretrained(model_path, use_safetensors=True)
+    settings = make_settings(config, options, folder) | own_settings
+    trainer = MeasuredTrainer(
         **models,
-        args=config_class(**settings(config, options, folder), **own),
+        args=config_class(**settings),
         train_dataset=dataset,
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(model_path),
         callbacks=[callback],
     )
-    if not own.get("precompute_ref_log_probs"):
+    if not precompute_reference:  # the turn of the reference pass, with nothing to compute
         turns.count_tokens(trainer.model)
         if getattr(trainer, "ref_model", None) is not None:
             turns.count_tokens(trainer.ref_model)
         turns.wait()
         turns.stop()
-        turns.tell(texts=completions(trainer.train_dataset))
+        turns.tell(texts=find_logps(trainer.train_dataset))
     trainer.train()

@@ -3,7 +3,8 @@
 In the order of this file:
 
     parse_args, run_script        the command line, and how a script ends
-    find_model, load_tokenizer    what --model names
+    find_model, load_tokenizer,
+    load_language_model           what --model names
     Run                           this process's part in a run; run.json, metrics.jsonl, checkpoints
                                   and the exported model
 """
@@ -39,9 +40,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from archangel.errors import Interrupted, UserError
+from archangel.errors import Interrupted, UserError, exit_status
 from archangel.records import TOY
 
 ConfigType = typing.TypeVar("ConfigType")
@@ -135,28 +143,9 @@ def check_settings(config, positive: tuple[str, ...] = ()) -> None:
 
 
 def run_script(train: Callable, config_class: type, description: str) -> None:
-    """Call train(config) with the command line, and end the process with its exit status.
-
-    0: done. 2: something that the user can fix, in one line. 75: interrupted; continue it with
-    --resume. Anything else is a fault of the program, and ends with its traceback.
-    """
-    status = 0
-    try:
+    """Call train(config) with the command line, and end the process with its exit status."""
+    with exit_status():
         train(parse_args(config_class, description))
-    except (UserError, OSError, FloatingPointError) as error:  # an OSError names its file
-        tqdm.write(f"error: {error}", file=sys.stderr)
-        status = 2
-    except (Interrupted, KeyboardInterrupt) as error:
-        reason = str(error) or "start again; with --resume if --out is not empty"
-        tqdm.write(f"interrupted: {reason}", file=sys.stderr)
-        status = 75
-    if dist.is_initialized():
-        # Leave at once: threads of torch.distributed may still hold tensors, and now and then they
-        # abort Python's own ending.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------- --model
@@ -217,6 +206,52 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if len(tokenizer) > config.get_text_config().vocab_size:
         raise UserError(f"--model {path}: the tokenizer has more tokens than the model")
     return tokenizer
+
+
+def load_language_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights, in the CPU's memory. Raises UserError if it cannot be trained."""
+    transformers.utils.logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(path)
+    # The default attention ignores a cap on attention scores (Gemma 2), the eager one does not.
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"
+    without_weights = build_without_weights(config, dtype)
+    if without_weights.base_model is without_weights:
+        raise UserError(
+            f"--model {path}: {config.model_type} does not separate its output head from its "
+            "transformer (base_model is the model itself), which this trainer needs"
+        )
+    try:
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--model {path}: {reason}") from None
+    if loading_info["missing_keys"]:
+        missing = ", ".join(sorted(loading_info["missing_keys"])[:3])
+        raise UserError(f"--model {path}: its weights lack {missing}")
+    if loading_info["unexpected_keys"]:
+        unexpected = ", ".join(sorted(loading_info["unexpected_keys"])[:3])
+        tqdm.write(
+            f"warning: --model {path}: not part of the model, left out: {unexpected}",
+            file=sys.stderr,
+        )
+    # Some checkpoints hold a separate output head although their configuration says that it is
+    # tied to the embedding. The weights are right, so correct the configuration: the other
+    # processes build the model from it.
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    model.config.get_text_config().tie_word_embeddings = head.weight is embedding.weight
+    return model
+
+
+def build_without_weights(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of this configuration on the meta device, which takes no memory for weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=config._attn_implementation
+        )
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -307,10 +342,6 @@ class Run:
         Prints a summary of the data. Raises UserError.
         """
         self.num_steps = len(schedule)
-        if not train_set:
-            raise UserError(
-                f"--data {self.config.data}: every label is False; this loss needs True ones"
-            )
         self._check_lengths(train_set, test_set)
         self.info = {
             "format": RUN_FORMAT,
@@ -615,6 +646,8 @@ class Run:
             model_state, optimizer_state = dcp_state.get_state_dict(policy, optimizer)
             state = {"model": model_state, "optimizer": optimizer_state}
             try:
+                # Without its metadata torch would log two tracebacks before it raises an error.
+                dcp.FileSystemReader(path).read_metadata()
                 dcp.load(state, checkpoint_id=path)
             except (Exception, dcp.api.CheckpointException) as error:  # which is a BaseException
                 reason = (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -304,7 +304,7 @@ def command_here(script: str, out: Path, **settings) -> int:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     status = 0
     with pytest.MonkeyPatch.context() as patch:
-        for name in LAUNCHER_VARIABLES:  # common_v1 sets them
+        for name in LAUNCHER_VARIABLES:
             patch.delenv(name, raising=False)
         patch.setattr(sys, "argv", [f"{script}.py", "--out", str(out), *to_flags(settings)])
         patch.setattr(os, "_exit", sys.exit)

@@ -2,9 +2,6 @@
 
 The scripts repeat each other on purpose, so that each reads alone. This test keeps the copies
 equal. `python tests/test_alike.py` prints every difference, the allowed ones too.
-
-A script that moves to the new core moves from OLD_SCRIPTS to SCRIPTS, and gets its lines in
-ALLOWED.
 """
 
 import ast
@@ -15,41 +12,83 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["kto", "dpo"]  # on common.py
-OLD_SCRIPTS = ["slic", "ppo_offline", "sft"]  # still on common_v1.py
+SCRIPTS = ["kto", "dpo", "slic", "ppo_offline", "sft"]
 # A script made from another one: what its parent shares with other scripts, it shares with its
 # parent.
-COPIES = {"tests/sixth_loss/ipo": "slic"}
+COPIES = {"tests/sixth_loss/ipo": "dpo"}
 
 # The blocks of text that scripts share, by the names that block() gives them. The first script of
 # a list is what the others are compared with. What is not named here is a script's own.
 SHARED = {
-    "Config": [SCRIPTS, OLD_SCRIPTS],
+    "Config": [SCRIPTS],
+    "make_examples": [["kto", "ppo_offline"]],
+    "make_schedule": [["kto", "ppo_offline"], ["dpo", "slic", "sft"]],
+    "labels_of": [["kto", "ppo_offline"]],
     "train, to the loop": [SCRIPTS],
     "train, after the gradient": [SCRIPTS],
-    "train": [OLD_SCRIPTS],
-    "evaluate": [OLD_SCRIPTS],
-    "steps_per_epoch": [["slic", "sft"]],
-    "global_batch": [["slic", "sft"]],
-    "summarise": [["slic"]],
+    "summarize": [["dpo"]],
+    "evaluate": [["dpo"]],
 }
+
+# Without a reference model there are no reference log-probabilities, and no check of the first
+# step. The evaluation before training cannot take the policy for the reference model.
+NO_REFERENCE_BEFORE = [
+    "-    used = sorted(set(itertools.chain.from_iterable(schedule)))",
+    '-    common.add_reference_logps(policy, train_set, used, "train", run)',
+    '-    common.add_reference_logps(policy, test_set, range(len(test_set)), "test", run)',
+    "-    # Until here the policy is the reference model, also when a run is resumed.",
+    "-        run.log(0, evaluate(None, test_set, config, run))",
+    "+        run.log(0, evaluate(policy, test_set, config, run))",
+]
+NO_REFERENCE_AFTER = [
+    "-        if step == 1:",
+    "-            common.check_first_step(log_ratios, num_completion_tokens, run)",
+]
+
+
+def other_summary(arguments: str) -> list[str]:
+    """Each loss has its own metrics."""
+    return [
+        "-        metrics = summarize(losses, log_ratios, kl, desirable, config)",
+        f"+        metrics = summarize({arguments})",
+    ]
+
 
 # (block, script): the lines in which a script may differ from the first one; - for a line of the
 # first script, + for one of its own. All of them must be found.
 ALLOWED = {
-    ("train, after the gradient", "dpo"): [  # its metrics have no reference point
-        "-        metrics = summarize(losses, log_ratios, kl, desirable, config)",
-        "+        metrics = summarize(losses, log_ratios, config)",
+    ("make_examples", "ppo_offline"): [
+        '-    if config.kl == "mismatched":',
+        "-        examples.mismatched = draw_mismatched(examples, config)",
     ],
-    ("train", "ppo_offline"): [  # it has a value head and a reference model
+    ("make_schedule", "sft"): [  # only SFT leaves records out, and so it may have no example
+        "+    if not examples:",
+        "+        raise common.UserError(",
+        '+            f"--data {config.data}: every label is False; this loss needs True ones"',
+        "+        )",
+    ],
+    ("train, to the loop", "slic"): NO_REFERENCE_BEFORE,
+    ("train, to the loop", "sft"): NO_REFERENCE_BEFORE,
+    ("train, to the loop", "ppo_offline"): [  # it has a value head
         "-    policy = common.load_policy(run)",
-        "+    policy = common.load_policy(run, value_head=True)",
-        "+    for examples in (train_set, test_set):",
-        "+        common.add_reference_logps(policy, examples, run)",
+        "+    policy = common.load_policy(run, PolicyWithValues)",
+        "+    policy.reset_value_head()",
+        "-        run.log(0, evaluate(None, test_set, config, run))",
+        "+        run.log(0, evaluate(policy, test_set, config, run))",
     ],
-    ("train", "tests/sixth_loss/ipo"): [  # it has a reference model
-        "+    for examples in (train_set, test_set):",
-        "+        common.add_reference_logps(policy, examples, run)",
+    ("train, after the gradient", "dpo"): other_summary("losses, log_ratios, config"),
+    ("train, after the gradient", "slic"): (
+        other_summary("losses, margins, config") + NO_REFERENCE_AFTER
+    ),
+    ("train, after the gradient", "ppo_offline"): other_summary(
+        "sums, desirable, num_completion_tokens"
+    ),
+    ("train, after the gradient", "sft"): (
+        other_summary("losses, num_completion_tokens") + NO_REFERENCE_AFTER
+    ),
+    ("evaluate", "tests/sixth_loss/ipo"): [
+        "-        batch_losses = dpo_loss(",
+        "+        batch_losses = ipo_loss(",
     ],
 }
 
@@ -57,29 +96,17 @@ ALLOWED = {
 ORDER = [
     '"""',
     "import common",
+    "FORMATS",
     "class Config:",
     "def NAME_loss(",
     "def make_examples(",
     "def make_schedule(",
-    "def evaluate(",
-    "def train(",
-    'if __name__ == "__main__":',
-]
-OLD_ORDER = [
-    '"""',
-    "import common_v1 as common",
-    "class Config:",
-    "def NAME_loss(",
-    "def make_examples(",
-    "def global_batch(",
-    "def micro_batch_losses(",
-    "def summarise(",
+    "def summarize(",
     "def evaluate(",
     "def train(",
     'if __name__ == "__main__":',
 ]
 MAIN = "    common.run_script(train, Config, __doc__)\n"
-OLD_MAIN = "    with common.exit_status():\n        train(common.parse(Config, __doc__))\n"
 
 
 def source(script: str) -> str:
@@ -154,15 +181,6 @@ def comparisons() -> list[tuple[str, str, str]]:
     return found
 
 
-def all_scripts() -> list[tuple[str, bool]]:
-    """Every script, and whether it is on the new core."""
-    found = []
-    for script in [*SCRIPTS, *OLD_SCRIPTS, *COPIES]:
-        root = COPIES.get(script, script)
-        found.append((script, root in SCRIPTS))
-    return found
-
-
 @pytest.mark.parametrize("name, first, script", comparisons())
 def test_shared_text(name, first, script):
     found = difference(block(first, name), block(script, name))
@@ -178,7 +196,7 @@ def test_allowed_is_used():
     assert ALLOWED.keys() <= compared
 
 
-@pytest.mark.parametrize("name", ["kto", "dpo"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_shared_text_is_all_there(name):
     """A block that ends too early would compare nothing."""
     assert block(name, "Config")[-1].startswith("    activation_checkpointing:")
@@ -187,19 +205,19 @@ def test_shared_text_is_all_there(name):
     assert block(name, "train, after the gradient")[-1] == "    run.export(policy)"
 
 
-@pytest.mark.parametrize("script, is_new", all_scripts())
-def test_order(script, is_new):
+@pytest.mark.parametrize("script", [*SCRIPTS, *COPIES])
+def test_order(script):
     text = source(script)
     lines = text.splitlines()
     places = []
-    for landmark in ORDER if is_new else OLD_ORDER:
+    for landmark in ORDER:
         landmark = landmark.replace("NAME", script.rpartition("/")[2])
         found = [number for number, line in enumerate(lines) if line.startswith(landmark)]
         assert found, f"no {landmark}"
         places.append(found[0])
     assert places[0] == 0
     assert places == sorted(places)
-    assert text.endswith(MAIN if is_new else OLD_MAIN)
+    assert text.endswith(MAIN)
 
 
 if __name__ == "__main__":

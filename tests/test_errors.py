@@ -1,11 +1,13 @@
 """What is wrong with what the user gave is said in one line, before a model is loaded."""
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import golden_cases
 import pytest
 import transformers
 from helpers import change_json, command_here, copy_toy_model, error_line, fork, to_flags
@@ -16,7 +18,9 @@ from archangel import run
 PAIR = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello.", "rejected": " Go."}
 DESIRABLE = {"prompt": PAIR["prompt"], "completion": " Hello.", "label": True}
 UNDESIRABLE = {"prompt": PAIR["prompt"], "completion": " Go.", "label": False}
-SCRIPTS = ["dpo", "kto"]
+SCRIPTS = ["kto", "sft"]
+if os.environ.get("HALOS_LONG"):
+    SCRIPTS = golden_cases.SCRIPTS
 
 
 def without(record: dict, column: str) -> dict:
@@ -59,7 +63,7 @@ CASES = [
     ("flag cut short", ["kto"], {"max_step": 1}, ["--max_step"]),
     ("no such choice", ["kto"], {"kl": "some"}, ["--kl", "other_half"]),
     ("not a number", SCRIPTS, {"lr": "fast"}, ["--lr", "fast"]),
-    ("beta 0", [*SCRIPTS, "slic"], {"beta": 0}, ["--beta 0", "above 0"]),
+    ("beta 0", ["dpo", "kto", "slic"], {"beta": 0}, ["--beta 0", "above 0"]),
     ("beta nan", ["kto"], {"beta": "nan"}, ["--beta nan"]),
     ("weight 0", ["kto"], {"desirable_weight": 0}, ["--desirable_weight 0", "above 0"]),
     ("epsilon 2", ["ppo_offline"], {"epsilon": 2}, ["--epsilon 2", "at most 1"]),

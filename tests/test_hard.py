@@ -1,6 +1,6 @@
 """What goes wrong on real machines: a full disk, numbers that are not finite, uneven processes.
 
-HALOS_LONG=1 python -m pytest -s tests/test_hard.py tries both scripts, every moment at which a file
+HALOS_LONG=1 python -m pytest -s tests/test_hard.py tries all scripts, every moment at which a file
 is written, and 1, 2 and 4 processes on one node and on two.
 """
 
@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 import common
 
 LONG = bool(os.environ.get("HALOS_LONG"))
-SCRIPTS = ["dpo", "kto"]
+SCRIPTS = golden_cases.SCRIPTS
 BASE = {
     "model": "toy",
     "lr": 1e-4,
@@ -225,9 +225,7 @@ def test_incomplete_checkpoint(data, tmp_path):
                 path.write_bytes(damaged)
             (run,) = fork("kto", [flags])
             assert run.wait() == 2, run.stderr
-            line = run.stderr.splitlines()[-1]
-            if path.name != ".metadata":  # torch logs what it finds wrong with that, by itself
-                assert line == error_line(run.stderr)
+            line = error_line(run.stderr)
             assert line.startswith(f"error: --resume {checkpoint}: cannot be read")
             path.write_bytes(whole)
     run_forked("kto", out, resume=True, **settings)
@@ -237,7 +235,7 @@ def test_incomplete_checkpoint(data, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["dpo", "kto"])
 def test_not_finite(script, what, data, tmp_path, monkeypatch, capsys):
     """Of one example in step 3, the loss is not a number, or its gradient alone."""
     out = tmp_path / "run"
@@ -285,7 +283,7 @@ def test_not_finite(script, what, data, tmp_path, monkeypatch, capsys):
 MAX_SHARE = {"kto": 0.01, "dpo": 0.03}
 
 
-@pytest.mark.parametrize("script", SCRIPTS if LONG else ["kto"])
+@pytest.mark.parametrize("script", ["dpo", "kto"] if LONG else ["kto"])
 def test_bfloat16_is_near_float32(script, tmp_path):
     """On average over 50 steps, and in the worst step within five times that.
 

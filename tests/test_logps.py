@@ -193,12 +193,14 @@ def test_dropout_is_off(monkeypatch):
         second = completion_logps(model, micro_batch)
     assert not torch.equal(first, second), "this model has no dropout"
 
-    monkeypatch.setattr(common, "load_pretrained", lambda run: model)
+    monkeypatch.setattr(common, "load_language_model", lambda path, dtype: model)
     run = SimpleNamespace(
         rank=0,
         world_size=1,
         device=CPU,
+        dtype=torch.float32,
         bfloat16=False,
+        model_path="model",
         info={},
         raise_everywhere=lambda error: None,
         config=SimpleNamespace(activation_checkpointing=False),

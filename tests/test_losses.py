@@ -28,7 +28,8 @@ MODULES = [sft, dpo, slic, ppo_offline, kto, ipo]
 LOSSES = [sft_loss, dpo_loss, slic_loss, ppo_offline_loss, kto_loss, ipo_loss]
 VALUES = [dpo_value, slic_value, rlhf_value, kto_value, kahneman_tversky_value]
 OTHERS = [gae, kl_from_other_half]
-B, T = 6, 5
+B = 6
+T = 5
 # Not the defaults, and no float32 numbers: a step taken in float32 shows in float64.
 SETTINGS = {
     dpo_loss: {"beta": 0.3},
@@ -132,7 +133,8 @@ def test_kto_by_hand(desirable):
     + [(0.8, -2.0, 1.6), (0.5, -2.0, 1.4), (1.4, -2.0, 2.8)],
 )
 def test_ppo_by_hand(ratio, advantage, loss):
-    advantages, mask = torch.tensor([advantage]), torch.tensor([True])
+    advantages = torch.tensor([advantage])
+    mask = torch.tensor([True])
     fixed = {"advantages": advantages, "mask": mask, "epsilon": 0.3}
     assert number(ppo_offline_loss, math.log(ratio) - 3, -3.0, **fixed) == exactly(loss)
 
@@ -154,8 +156,8 @@ def test_gradcheck(loss):
 
 @given(nats, nats, nats, nats, betas)
 def test_dpo_gradient(chosen, rejected, reference_chosen, reference_rejected, beta):
-    policy, reference = (chosen, rejected), (reference_chosen, reference_rejected)
-    _, slopes = gradients(dpo_loss, *policy, *reference, beta=beta)
+    values = (chosen, rejected, reference_chosen, reference_rejected)
+    _, slopes = gradients(dpo_loss, *values, beta=beta)
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     size = beta * sigmoid(-margin)
     assert slopes == exactly([-size, size, size, -size])
@@ -210,7 +212,8 @@ def test_kto_reference_point_has_no_gradient():
 
 @given(st.floats(-3, 3), st.floats(0.1, 5), st.booleans(), st.floats(0.05, 1))
 def test_ppo_gradient(log_ratio, size, wanted, epsilon):
-    ratio, advantage = math.exp(log_ratio), size if wanted else -size
+    ratio = math.exp(log_ratio)
+    advantage = size if wanted else -size
     assume(min(abs(ratio - 1 - epsilon), abs(ratio - 1 + epsilon)) > 1e-6)
     fixed = dict(mask=torch.tensor([True]), epsilon=epsilon)
     _, slopes = gradients(ppo_offline_loss, log_ratio, 0.0, advantage, **fixed)
@@ -303,7 +306,8 @@ def test_pasted_elsewhere_it_needs_torch_alone(function):
     namespace = {"torch": torch}
     exec(inspect.getsource(function), namespace)
     made = arguments(function)
-    pasted, own = namespace[function.__name__](**made), function(**made)
+    pasted = namespace[function.__name__](**made)
+    own = function(**made)
     torch.testing.assert_close(pasted, own, rtol=0, atol=0)
 
 
@@ -388,6 +392,25 @@ def test_gae(lengths, gamma, gae_lambda, seed):
             discounted = [(gamma * gae_lambda) ** k * e for k, e in enumerate(errors[t:])]
             expected[:, i, t] = sum(discounted) + torch.stack([values[i, t] * 0, values[i, t]])
     torch.testing.assert_close(torch.stack(result), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_gae_of_long_completions():
+    """In float32, against the usual loop from the last token to the first, in float64."""
+    torch.manual_seed(0)
+    values = torch.randn(4, 2048).clamp(-1, 1)
+    rewards = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    advantages, _ = gae(values, rewards, torch.ones(4, 2048).bool())
+    expected = torch.zeros(4, 2048, dtype=torch.float64)
+    later_advantage = torch.zeros(4, dtype=torch.float64)
+    next_value = torch.zeros(4, dtype=torch.float64)
+    reward = rewards.double()  # of the last token
+    for t in reversed(range(2048)):
+        error = reward + 0.99 * next_value - values[:, t]
+        later_advantage = error + 0.99 * 0.95 * later_advantage
+        expected[:, t] = later_advantage
+        next_value = values[:, t].double()
+        reward = torch.zeros(4, dtype=torch.float64)
+    assert (advantages - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 @given(any_lengths, discounts, discounts, seeds)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-import common_v1 as common
 import kto
 from archangel import judge, sample, suite
+from archangel.run import MODELS, parse_args
 
-ROOT = Path(common.__file__).parent
+ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
 COMMANDS = [
@@ -150,12 +150,12 @@ def test_every_trainer_call_is_understood(call, monkeypatch, capsys):
     module = __import__(script.removesuffix(".py"))
     if flags == ["--help"]:
         with pytest.raises(SystemExit):
-            common.parse(module.Config, module.__doc__)
+            parse_args(module.Config, module.__doc__)
         help_text = capsys.readouterr().out
         assert all(f"--{name}" in help_text for name in module.Config.__dataclass_fields__)
         return
-    config = common.parse(module.Config, module.__doc__)
-    known = config.model in ("toy", *common.MODELS) or config.model.startswith("runs/")
+    config = parse_args(module.Config, module.__doc__)
+    known = config.model in ("toy", *MODELS) or config.model.startswith("runs/")
     assert known
 
 
@@ -226,7 +226,7 @@ def source_of(file: str, name: str) -> str:
 
 def test_the_equation_table_has_all_of_the_report():
     table = equation_table()
-    for mark in [f"({i})" for i in range(1, 8)] + ["reward model", "later paper", "offline PPO"]:
+    for mark in [f"({i})" for i in range(1, 8)] + ["reward model", "KTO paper", "offline PPO"]:
         assert any(mark in what for what in table), mark
     figures = " ".join(what for what in table if what.startswith("Figure"))
     assert set(re.findall(r"\b\d\b", figures)) >= set("12345")

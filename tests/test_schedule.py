@@ -182,27 +182,19 @@ def test_order_depends_on_the_seed_alone(make_schedule, config_of):
     assert make_schedule(examples, config_of(batch_size=8, seed=2)) != schedule
 
 
-@pytest.mark.parametrize(
-    "old_script, make_schedule",
-    [
-        (sft, dpo.make_schedule),
-        (slic, dpo.make_schedule),
-        (ppo_offline, kto.make_schedule),
-    ],
-)
+@pytest.mark.parametrize("script", [slic, sft])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_losses_of_a_kind_see_the_same_order(old_script, make_schedule, seed):
-    """The scripts that still use the old core choose the examples of each step anew."""
+def test_losses_on_pairs_see_the_same_order(script, seed):
+    examples = labelled_examples(50, 0)
+    config = dpo_config(batch_size=8, epochs=2, seed=seed)
+    assert script.make_schedule(examples, config) == dpo.make_schedule(examples, config)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_losses_on_labels_see_the_same_order(seed):
     examples = labelled_examples(50, 30)
-    old_examples = []
-    for index, desirable in enumerate(examples.desirable):
-        old_examples.append({"index": index, "desirable": desirable})
     config = kto_config(batch_size=8, epochs=2, seed=seed)
-    schedule = make_schedule(examples, config)
-    assert len(schedule) == 2 * old_script.steps_per_epoch(old_examples, config)
-    for step, batch in enumerate(schedule):
-        old_batch = old_script.global_batch(old_examples, config, step)
-        assert [example["index"] for example in old_batch] == batch
+    assert ppo_offline.make_schedule(examples, config) == kto.make_schedule(examples, config)
 
 
 # --------------------------------------------------------------------------- records to examples
@@ -257,7 +249,80 @@ def test_kto_make_examples():
     assert examples.mismatched is None
 
 
-@pytest.mark.parametrize("script", [dpo, kto], ids=["dpo", "kto"])
+def test_ppo_make_examples():
+    """As KTO's."""
+    config = ppo_offline.Config(model="toy")
+    ours = ppo_offline.make_examples(PAIRS + UNPAIRED, word_tokenizer(), config)
+    theirs = kto.make_examples(PAIRS + UNPAIRED, word_tokenizer(), kto_config())
+    assert [ids_of(example) for example in ours] == [ids_of(example) for example in theirs]
+    assert ours.record_number == theirs.record_number
+    assert ours.desirable == theirs.desirable
+
+
+def test_slic_make_examples():
+    """A target is the third completion, unless it is the chosen one."""
+    records = [
+        PAIRS[0],
+        {**PAIRS[1], "target": PAIRS[1]["chosen"]},
+        {**PAIRS[2], "target": words(41, 42)},
+    ]
+    examples = slic.make_examples(records, word_tokenizer(), slic.Config(model="toy"))
+    assert [ids_of(example) for example in examples] == [
+        ([20, 21], [[30, 1], [31, 32, 1]]),
+        ([22], [[33, 34, 35, 1], [36, 1]]),
+        ([20, 21], [[37, 1], [38, 1], [41, 42, 1]]),
+    ]
+
+
+def test_slic_locate_completions():
+    """With and without a target of its own, in the order of the micro-batch."""
+    two = common.Example([1], [[2], [3]])
+    three = common.Example([1], [[2], [3], [4]])
+    examples = common.Examples()
+    for example in (two, three, two):
+        examples.append(example)
+    batch = [2, 1, 0, 1]
+    micro_batch = SimpleNamespace(places=torch.tensor([3, 0, 1]))  # the examples 1, 2 and 1
+    found = slic.locate_completions(examples, batch, micro_batch)
+    assert [numbers.tolist() for numbers in found] == [[0, 3, 5], [1, 4, 6], [2, 3, 7]]
+    micro_batch = SimpleNamespace(places=torch.tensor([], dtype=torch.long))
+    for numbers in slic.locate_completions(examples, batch, micro_batch):
+        assert numbers.dtype == torch.long
+        assert len(numbers) == 0
+
+
+def test_sft_make_examples():
+    """Chosen and desirable completions; a target takes their place, once for each prompt."""
+    records = [
+        *PAIRS,
+        {**PAIRS[0], "target": words(41)},
+        {**PAIRS[2], "target": words(41)},
+        {**PAIRS[1], "target": words(41)},
+        *UNPAIRED,
+        {"prompt": words(24), "completion": words(43)},
+        {"prompt": words(24), "completion": words(43)},
+    ]
+    examples = sft.make_examples(records, word_tokenizer(), sft.Config(model="toy"))
+    assert [ids_of(example) for example in examples] == [
+        ([20, 21], [[30, 1]]),
+        ([22], [[33, 34, 35, 1]]),
+        ([20, 21], [[37, 1]]),
+        ([20, 21], [[41, 1]]),
+        ([22], [[41, 1]]),
+        ([23], [[40, 1]]),
+        ([24], [[43, 1]]),
+        ([24], [[43, 1]]),
+    ]
+
+
+def test_sft_refuses_undesirable_records():
+    config = sft.Config(model="toy", data="data.jsonl")
+    examples = sft.make_examples(UNPAIRED[:1], word_tokenizer(), config)
+    with pytest.raises(common.UserError, match="data.jsonl: every label is False"):
+        sft.make_schedule(examples, config)
+
+
+@pytest.mark.parametrize("script", [dpo, kto, ppo_offline, slic])
 def test_make_examples_says_what_was_cut(script):
     """With their longest completions, the pairs have 5, 5 and 4 tokens, of which 4 may stay."""
     config = script.Config(model="toy", max_length=4, max_prompt_length=2)

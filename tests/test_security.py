@@ -1,9 +1,7 @@
 """Code from others is not run: not what is in records, or in a model's folder."""
 
 import ast
-import io
 import json
-import pickle
 import shutil
 from pathlib import Path
 
@@ -12,10 +10,6 @@ import torch
 from helpers import (
     ROOT,
     TOY,
-    error_line,
-    fork,
-    run_forked,
-    to_flags,
     train_here,
     write_records,
     write_toy_folder,
@@ -204,33 +198,6 @@ def test_pickled_weights(data, tmp_path, trap):
         train_here("dpo", tmp_path / "refused", **settings)
     with pytest.raises(common.UserError, match="safetensors"):
         sample.load(model)
-    assert not sprung.exists()
-
-
-def test_checkpoint_of_an_old_script(data, tmp_path, trap):
-    """On common_v1.py checkpoints are safetensors, and a pickle in one is not read."""
-    sprung, program = trap
-    out = tmp_path / "run"
-    settings = {**BASE, "data": data, "resume": True}
-    run_forked("sft", out, **settings)
-    (checkpoint,) = (out / "checkpoints").iterdir()
-    (file,) = checkpoint.iterdir()
-    assert file.suffix == ".safetensors"
-    stream = io.BytesIO()
-    torch.save(Spring(program), stream)
-    pickled = pickle.dumps(Spring(program))
-    (checkpoint / ".metadata").write_bytes(pickled)
-    (checkpoint / "__0.metadata").write_bytes(pickled)
-    (checkpoint / "__0_0.distcp").write_bytes(stream.getvalue())
-    run_forked("sft", out, **{**settings, "max_steps": 2})
-    (checkpoint,) = (out / "checkpoints").iterdir()
-    (file,) = checkpoint.iterdir()
-    for content in (pickled, stream.getvalue()):
-        file.write_bytes(content)
-        flags = ["--out", str(out), *to_flags({**settings, "max_steps": 3})]
-        (run,) = fork("sft", [flags])
-        assert run.wait() == 2
-        assert "step_00000002: cannot be read" in error_line(run.stderr)
     assert not sprung.exists()
 
 

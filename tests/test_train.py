@@ -12,6 +12,7 @@ import golden_cases
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from filelock import FileLock
 from helpers import (
     ROOT,
@@ -33,19 +34,28 @@ from helpers import (
     write_records,
     write_toy_folder,
 )
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import dpo
 import kto
+import ppo_offline
+import sft
 from archangel import packed
 
-SCRIPTS = ["dpo", "kto"]  # on common.py
-OLD_SCRIPTS = ["sft", "slic", "ppo_offline"]  # still on common_v1.py
+LONG = bool(os.environ.get("HALOS_LONG"))
+SCRIPTS = golden_cases.SCRIPTS
+WITH_REFERENCE = ["dpo", "ppo_offline", "kto"]
 BASE = {"model": "toy", "lr": 3e-4, "warmup_steps": 3, "max_steps": 6, "batch_size": 12}
 DOUBLE = {**BASE, "dtype": "float64"}
+
+
+def double(script: str) -> dict:
+    """Settings of a float64 run, with a learning rate at which this loss falls."""
+    return {**DOUBLE, "lr": golden_cases.LEARNING_RATES[script]}
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +70,13 @@ def small_data(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    """The folder of each script's run of DOUBLE by its command line, without torchrun."""
+    """The folder of each script's float64 run by its command line, without torchrun."""
     runs = {}
 
     def run(script: str) -> Path:
         if script not in runs:
             out = tmp_path_factory.mktemp("alone") / script
-            run_forked(script, out, data=data, **DOUBLE)
+            run_forked(script, out, data=data, **double(script))
             runs[script] = out
         return runs[script]
 
@@ -167,14 +177,14 @@ def test_accuracy_needs_pairs(tmp_path):
 def test_layout_and_limit(script, alone, data, tmp_path, monkeypatch):
     """Neither several micro-batches nor the padded layout change a metric."""
     expected = read_metrics(alone(script))
-    small = {**DOUBLE, "micro_batch_tokens": 200}
+    small = {**double(script), "micro_batch_tokens": 200}
     assert_same_metrics(expected, train_here(script, tmp_path / "small", data=data, **small), 1e-12)
 
     def refuse(*_):
         raise ValueError("not for this model")
 
     monkeypatch.setattr(packed, "use_packed_attention", refuse)
-    padded = train_here(script, tmp_path / "padded", data=data, **DOUBLE)
+    padded = train_here(script, tmp_path / "padded", data=data, **double(script))
     assert not read_record(tmp_path / "padded")["packed_rows"]
     assert_same_metrics(expected, padded, 1e-12)
 
@@ -214,7 +224,7 @@ def hh(tmp_path_factory) -> str:
     return str(out)
 
 
-@pytest.mark.parametrize("script", SCRIPTS + OLD_SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_real_records(script, hh, tmp_path):
     settings = {**BASE, "max_steps": 2, "batch_size": 4}
     run_forked(script, tmp_path / "run", data=hh, **settings)
@@ -222,88 +232,30 @@ def test_real_records(script, hh, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
 
-# ---------------------------------------------------------------------------- the scripts to come
-
-
-@pytest.fixture(scope="module")
-def old_run(data, tmp_path_factory):
-    """The folder of an old script's run: two processes for 3 steps, then one to the end.
-
-    Two processes have little memory, and recompute their activations. The other folder is of one
-    process for all steps.
-    """
-    runs = {}
-
-    def run(script: str) -> tuple[Path, Path]:
-        if script not in runs:
-            folder = tmp_path_factory.mktemp("old")
-            settings = {**DOUBLE, "lr": golden_cases.LEARNING_RATES[script], "data": data}
-            run_forked(script, folder / "straight", **settings)
-            settings["activation_checkpointing"] = True
-            first = {**settings, "max_steps": 3, "micro_batch_tokens": 200}
-            run_forked(script, folder / "resumed", processes=2, **first)
-            run_forked(script, folder / "resumed", resume=True, **settings)
-            runs[script] = (folder / "resumed", folder / "straight")
-        return runs[script]
-
-    return run
-
-
-@pytest.mark.parametrize("script", OLD_SCRIPTS)
-def test_old_script(script, old_run):
-    """Processes, memory limit, activation checkpointing and a resume change no metric."""
-    resumed, straight = old_run(script)
-    records = read_metrics(resumed)
-    assert [record["step"] for record in records] == list(range(7))
-    assert records[-1]["eval_loss"] < records[0]["eval_loss"]
-    expected = read_metrics(straight)
-    # The resumed run evaluates the held-out records once more, at the end of its first part.
-    for name in [name for name in records[3] if name.startswith("eval_")]:
-        del records[3][name]
-    assert_same_metrics(records, expected, 1e-12)
-    check_exported(resumed)
-
-
-def test_value_head(old_run):
-    """PPO's checkpoints hold the value head, and its model does not."""
-    out, _ = old_run("ppo_offline")
-    (checkpoint,) = (out / "checkpoints").iterdir()
-    names = []
-    for path in checkpoint.iterdir():
-        with safe_open(path, "pt") as file:
-            names.extend(file.keys())
-    assert "model.value_head.weight" in names
-    assert not any("value_head" in name for name in load_file(out / "model.safetensors"))
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_after_sft(script, old_run, data, tmp_path):
+@pytest.mark.parametrize("script", WITH_REFERENCE)
+def test_after_sft(script, alone, data, tmp_path):
     """Alignment starts from the model of SFT, which is then policy and reference."""
-    _, sft_out = old_run("sft")
-    settings = {**BASE, "max_steps": 1, "model": str(sft_out)}
+    settings = {**BASE, "max_steps": 1, "model": str(alone("sft"))}
     records = train_here(script, tmp_path / "run", data=data, **settings)
-    assert records[0]["eval_reward_margin"] == 0
-    assert abs(records[1]["reward_margin"]) < 1e-4
+    margin = "log_ratio_margin" if script == "ppo_offline" else "reward_margin"
+    assert abs(records[0][f"eval_{margin}"]) < 1e-4
+    assert abs(records[1][margin]) < 1e-4
     assert read_record(tmp_path / "run")["first_log_ratio_per_token"] < 1e-5
 
 
 def test_sft_loss(data, tmp_path):
     """SFT's loss is the mean over all completion tokens of the global batch."""
-    import common_v1
-    import sft
-
-    settings = {**BASE, "max_steps": 1, "micro_batch_tokens": 200}
-    run_forked("sft", tmp_path / "run", data=data, **settings)
-    record = read_metrics(tmp_path / "run")[1]
-    config = sft.Config(data=data, **settings)
+    settings = {**BASE, "max_steps": 1, "micro_batch_tokens": 200, "data": data}
+    record = train_here("sft", tmp_path / "run", **settings)[1]
+    config = sft.Config(**settings)
     tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
-    records = common_v1.read_rows(data, "train", sft.FORMS)
+    records, _ = common.load_records(data, sft.FORMATS)
     examples = sft.make_examples(records, tokenizer, config)
     model = AutoModelForCausalLM.from_pretrained(TOY / "model")
     logps = []
-    for example in sft.global_batch(examples, config, 0):
-        completions_ids = [ids.tolist() for ids in example["completions_ids"]]
-        example = common.Example(example["prompt_ids"].tolist(), completions_ids)
+    for index in sft.make_schedule(examples, config)[0]:
+        completions_ids = [ids.tolist() for ids in examples[index].completions_ids]
+        example = common.Example(examples[index].prompt_ids.tolist(), completions_ids)
         with torch.no_grad():
             logps.append(plain_logps(model, [example]))
     logps = torch.cat(logps)
@@ -311,12 +263,61 @@ def test_sft_loss(data, tmp_path):
     assert record["loss"] == pytest.approx(-logps.mean().item(), rel=1e-5)
 
 
+def read_checkpoint(out: Path) -> dict[str, torch.Tensor]:
+    """All tensors in the only checkpoint of a run."""
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    tensors = {}
+    for name, metadata in FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items():
+        if isinstance(metadata, TensorStorageMetadata):
+            tensors[name] = torch.empty(metadata.size, dtype=metadata.properties.dtype)
+    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    return tensors
+
+
+def test_value_head(alone):
+    """It starts at 0, is trained, and is in the checkpoints; the exported model is without it."""
+    out = alone("ppo_offline")
+    checkpoint = read_checkpoint(out)
+    assert checkpoint["model.value_head.weight"].abs().max() > 0
+    assert checkpoint["optimizer.state.value_head.weight.square_avg"].abs().max() > 0
+    assert not any("value_head" in name for name in load_file(out / "model.safetensors"))
+    assert not any("value_head" in name for name in read_checkpoint(alone("kto")))
+
+
+def test_value_head_does_not_change_the_policy(data, tmp_path, monkeypatch):
+    """Its gradient stops at its input: with the critic's loss alone, the policy stays as it is."""
+    ppo_offline_loss = ppo_offline.ppo_offline_loss
+    monkeypatch.setattr(
+        ppo_offline, "ppo_offline_loss", lambda *arguments: 0 * ppo_offline_loss(*arguments)
+    )
+    settings = {**DOUBLE, "critic_weight": 1.0, "data": data}
+    train_here("ppo_offline", tmp_path / "run", **settings)
+    assert read_checkpoint(tmp_path / "run")["model.value_head.weight"].abs().max() > 0
+    before = load_file(TOY / "model" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    for name, weight in before.items():
+        assert torch.equal(weight.double(), after[name]), name
+
+
+def test_values_before_training(small_data, tmp_path):
+    """They are 0 on one process and on two: every error of the critic is the return itself."""
+    settings = {**double("ppo_offline"), "max_steps": 1, "data": small_data}
+    settings |= {"gamma": 1.0, "gae_lambda": 1.0}  # each return is the reward, +1 or -1
+    for processes in (0, 2):
+        out = tmp_path / f"run{processes}"
+        run_forked("ppo_offline", out, processes=processes, **settings)
+        records = read_metrics(out)
+        assert records[0]["eval_critic_loss"] == pytest.approx(0.5, abs=1e-12)
+        assert records[1]["critic_loss"] == pytest.approx(0.5, abs=1e-12)
+
+
 # ------------------------------------------------------------------------------ several processes
 
 
 # Learns the phrase within a few steps, so that the reference point is positive.
 PHRASE = {**DOUBLE, "lr": 1e-4, "max_steps": 5, "batch_size": 10}
-PROCESS_CASES = [("dpo", None)] + [("kto", kl) for kl in ("other_half", "mismatched", "zero")]
+PROCESS_CASES = [(script, None) for script in SCRIPTS if script != "kto"]
+PROCESS_CASES += [("kto", kl) for kl in ("other_half", "mismatched", "zero")]
 
 
 @pytest.mark.parametrize("script, kl", PROCESS_CASES)
@@ -337,7 +338,7 @@ def test_processes(script, kl, tmp_path):
         assert (metric(expected, "kl").max() > 1) == (kl != "zero")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS if LONG else ["dpo", "kto"])
 def test_forty_steps_in_float32(script, data, tmp_path):
     """Two processes with little memory stay together with one.
 
@@ -436,9 +437,10 @@ def test_activation_checkpointing_with_buffers(small_data, tmp_path):
 
 # --------------------------------------------------------------------------------------- resuming
 
+RESUME_CASES = [(script, "rmsprop") for script in SCRIPTS] + [("dpo", "adamw"), ("kto", "adamw")]
 
-@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
-@pytest.mark.parametrize("script", SCRIPTS)
+
+@pytest.mark.parametrize("script, optimizer", RESUME_CASES)
 def test_resume_to_the_same_bits(script, optimizer, small_data, tmp_path, monkeypatch):
     settings = {**BASE, "optimizer": optimizer, "eval_every": 2, "data": small_data}
     straight = train_here(script, tmp_path / "straight", **settings)
@@ -460,7 +462,7 @@ def test_resume_to_the_same_bits(script, optimizer, small_data, tmp_path, monkey
 @pytest.mark.parametrize("first, second", [(2, 0), (0, 2)])
 def test_resume_on_other_processes(first, second, alone, data, tmp_path):
     """A checkpoint of two processes is continued by one, and the other way round."""
-    settings = {**DOUBLE, "data": data}
+    settings = {**double("kto"), "data": data}
     run_forked("kto", tmp_path / "run", processes=first, **{**settings, "max_steps": 3})
     run_forked("kto", tmp_path / "run", processes=second, resume=True, **settings)
     expected = read_metrics(alone("kto"))

@@ -1,65 +1,70 @@
 """Identity Preference Optimization (IPO): Azar et al. 2023, arXiv 2310.12036, equation (17).
 
-An example of a loss of one's own: dpo.py, copied, with other lines only where IPO differs. DPO
-pushes a pair's log-ratios apart without end; IPO pulls their difference to a target:
+An example of how to add a loss: a copy of dpo.py, with other lines only where IPO differs. Each
+prompt x has two completions, of which y_w (chosen) was preferred to y_l (rejected). DPO increases
+the difference of their log-ratios without end. IPO brings it to a target.
 
-    r(x, y) = log pi(y|x) - log pi_ref(y|x)                                         nats
-    loss    = (r(x, y_w) - r(x, y_l) - 1 / (2 * beta))^2                            (17)
+    log-ratio  r(x, y) = log pi(y|x) - log pi_ref(y|x)                  in nats
+    loss               = (r(x, y_w) - r(x, y_l) - 1 / (2 * beta))^2                            (17)
+                         averaged over the global batch
 
-and its mean over the global batch. `beta` is the paper's tau.
+beta is the paper's tau. Deviations from the paper: none. (Other implementations divide each
+log-ratio by the length of its completion. In the paper, and here, it is a sum.)
 
-Deviations from the paper: none. (Other implementations divide each r by the length of its
-completion; in the paper and here it is a sum.)
+Copy it beside common.py, then
 
     python ipo.py --model toy --data toy --lr 3e-5 --warmup_steps 10 --out runs/ipo
     torchrun --nproc_per_node=8 ipo.py --model pythia-1.4b
 """
 
+import itertools
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-import common_v1 as common
+import common
 
-FORMS = ("preference",)  # the kinds of row that hold what this loss needs
+FORMATS = ("preference",)  # the records that this loss can learn from
 
 
 @dataclass
 class Config:
-    """Every setting; the comments are what --help prints. (HALOs): as in the authors' code."""
+    """All settings; the comments are what --help prints.
+
+    (HALOs) marks the defaults of the authors' code, github.com/ContextualAI/HALOs, December 2023.
+    """
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
     data: str = "archangel"  # archangel (HH, SHP, OASST), toy, a .jsonl or a folder of train, test
     out: str = "runs/ipo"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
-    batch_size: int = 32  # examples an optimizer step, over all processes (the report)
-    micro_batch_tokens: int = 8192  # most tokens a process runs at once; fewer need less memory
+    batch_size: int = 32  # examples per optimizer step, over all processes (the report)
+    micro_batch_tokens: int = 8192  # most tokens in a micro-batch; lower it to save memory
     lr: float = 5e-7  # learning rate after warm-up (HALOs)
-    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # RMSprop (HALOs) or the later paper's AdamW
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # RMSprop (HALOs) or AdamW (the KTO paper)
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
-    max_grad_norm: float = 10.0  # the gradient is scaled to at most this norm (HALOs)
-    max_length: int = 2048  # most tokens of a prompt and a completion together (HALOs)
-    max_prompt_length: int = 1024  # a too long prompt keeps at least so many tokens (HALOs)
-    truncate_prompt: Literal["start", "end"] = "start"  # which side of a too long prompt goes
-    seed: int = 1  # of the order of the data (HALOs)
-    eval_every: int = 0  # steps between held-out figures; 0: at start and end only
-    save_every: int = 500  # steps between checkpoints, with one at the end; 0: none
-    resume: bool = False  # go on from the last checkpoint in --out
+    max_grad_norm: float = 10.0  # the gradient is scaled down to this norm (HALOs)
+    max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
+    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens (HALOs)
+    truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
+    seed: int = 1  # determines the order of the data (HALOs)
+    eval_every: int = 0  # steps between evaluations; 0: only before and after training
+    save_every: int = 500  # steps between checkpoints, and one at the end; 0: only after a signal
+    resume: bool = False  # continue from the last checkpoint in --out
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on GPUs
-    activation_checkpointing: bool = False  # recompute each block in backward: slower, less memory
+    activation_checkpointing: bool = False  # recompute activations in backward: slower, less memory
     # IPO's own
-    beta: float = 0.1  # log-ratios are pulled 1 / (2 * beta) nats apart; rewards are times it
+    beta: float = 0.1  # the target is 1 / (2 * beta) nats; a reward is beta times the log-ratio
 
     def __post_init__(self):
-        common.check_settings(self, above_zero=("beta",))
+        common.check_settings(self, positive=("beta",))
 
 
-# ------------------------------------------------------------------------------------- the loss
+# --------------------------------------------------------------------------------------- the loss
 
 
 def ipo_loss(
@@ -69,135 +74,194 @@ def ipo_loss(
     reference_rejected_logps: torch.Tensor,
     beta: float = 0.1,
 ) -> torch.Tensor:
-    """IPO's loss for each pair, equation (17) of arXiv 2310.12036.
+    """IPO's loss of each pair, equation (17) of arXiv 2310.12036.
 
     Args:
-        policy_*, reference_*: (B,) log-probabilities of whole completions, nats, summed over
-            tokens.
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
+            reference_rejected_logps: (B,) log-probabilities of whole completions, in nats, summed
+            over tokens.
         beta: above 0.
     Returns:
-        (B,) losses in nats squared, from 0; 1 / (2 * beta)^2 where policy and reference agree.
+        (B,) losses in nats squared, at least 0; 1 / (2 * beta)^2 where policy and reference agree.
 
     >>> zero = torch.zeros(1)
     >>> ipo_loss(zero, zero, zero, zero)
     tensor([25.])
-    >>> ipo_loss(zero + 6, zero - 4, zero, zero)  # (6 + 4 - 5)^2: too far apart is a loss too
-    tensor([25.])
+    >>> ipo_loss(zero + 3, zero - 2, zero, zero)  # (3 + 2 - 5)^2: at the target
+    tensor([0.])
     """
-    # At least float32: near -800 nats bfloat16 cannot tell 4 nats apart.
+    # In at least float32, and so should callers sum: near -800, bfloat16 values are 4 apart.
     dtype = torch.promote_types(policy_chosen_logps.dtype, torch.float32)
-    chosen = policy_chosen_logps.to(dtype) - reference_chosen_logps.to(dtype)  # (B,) log-ratios
-    rejected = policy_rejected_logps.to(dtype) - reference_rejected_logps.to(dtype)
-    return (chosen - rejected - 1 / (2 * beta)) ** 2  # (17)
+    chosen_log_ratios = policy_chosen_logps.to(dtype) - reference_chosen_logps.to(dtype)
+    rejected_log_ratios = policy_rejected_logps.to(dtype) - reference_rejected_logps.to(dtype)
+    margin = chosen_log_ratios - rejected_log_ratios  # (B,)
+    return (margin - 1 / (2 * beta)) ** 2  # (17)
 
 
-# ------------------------------------------------------------ rows to examples, batches, losses
+# --------------------------------------------------------------------------- records to examples
 
 
-def make_examples(rows: list[dict], tokenizer, config: Config) -> list[dict]:
-    """Rows to examples, one a pair: prompt_ids, completions_ids of chosen and rejected."""
-    texts = [(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows]
-    return common.tokenise(texts, tokenizer, config)
+def make_examples(records: list[dict], tokenizer, config: Config) -> common.Examples:
+    """Records to examples: a prompt with two completions, chosen and rejected."""
+    texts = []
+    for record in records:
+        texts.append((record["prompt"], [record["chosen"], record["rejected"]]))
+    examples = common.Examples()
+    for tokenized in common.tokenize(texts, tokenizer, config):
+        example = common.Example(tokenized.prompt_ids, tokenized.completions_ids)
+        examples.append(example, was_cut=tokenized.was_cut)
+    return examples
 
 
-def steps_per_epoch(examples: list[dict], config: Config) -> int:
-    """Steps in one pass over the examples."""
-    return math.ceil(len(examples) / config.batch_size)
+def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
+    """The indices of the examples of every step. An epoch is one pass over all of them."""
+    steps_per_epoch = math.ceil(len(examples) / config.batch_size)
+    num_steps = config.max_steps or config.epochs * steps_per_epoch
+    num_epochs = math.ceil(num_steps / steps_per_epoch)
+
+    order = common.shuffled_passes(len(examples), num_epochs * len(examples), seed=(config.seed,))
+    schedule = []
+    for epoch in range(num_epochs):
+        epoch_end = (epoch + 1) * len(examples)
+        for start in range(epoch * len(examples), epoch_end, config.batch_size):
+            # The last batch of an epoch may be smaller.
+            stop = min(start + config.batch_size, epoch_end)
+            schedule.append(order[start:stop])
+    return schedule[:num_steps]
 
 
-def global_batch(examples: list[dict], config: Config, step: int) -> list[dict]:
-    """The examples of a step, counted from 0; an epoch passes once over all of them."""
-    epoch, number = divmod(step, steps_per_epoch(examples, config))
-    start = epoch * len(examples) + number * config.batch_size
-    stop = min(start + config.batch_size, (epoch + 1) * len(examples))
-    return [examples[i] for i in common.endless(len(examples), (config.seed,), start, stop)]
-
-
-def micro_batch_losses(policy, batch: list[dict], config: Config, run: common.Run) -> Iterator:
-    """Yield, for each micro-batch of this process, (loss, indices (b,), {figure: (b,)}).
-
-    batch: the global batch. Summed over micro-batches and processes, loss is its mean loss.
-    """
-    for micro in common.micro_batches(batch, run):
-        policy_logps = micro.sum(policy(micro)).view(-1, 2)  # (b, 2): chosen, rejected
-        reference_logps = micro.sum(micro.reference_logps).view(-1, 2)  # (b, 2)
-        losses = ipo_loss(
-            *policy_logps.unbind(1), *reference_logps.unbind(1), beta=config.beta
-        )  # (b,)
-        rewards = config.beta * (policy_logps - reference_logps).detach()
-        chosen, rejected = rewards.unbind(1)
-        figures = {
-            "loss": losses,
-            "reward_margin": chosen - rejected,
-            "reward_accuracy": (chosen > rejected).to(chosen),
-            "reward_chosen": chosen,
-            "reward_rejected": rejected,
-        }
-        yield losses.sum() / len(batch), micro.indices, figures
-
-
-def summarise(figures: dict[str, torch.Tensor], batch: list[dict]) -> dict[str, float]:
-    """What metrics.jsonl says of a global batch's figures, (B,) each: their means."""
-    return {name: values.mean().item() for name, values in figures.items()}
-
-
-# ------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------- the training
 
 
 @torch.no_grad()
-def evaluate(policy, examples: list[dict], config: Config, run: common.Run) -> dict[str, float]:
-    """The same figures on held-out examples, a batch of consecutive ones at a time."""
-    parts = []
-    for first in range(0, len(examples), config.batch_size):
-        batch = examples[first : first + config.batch_size]
-        for _, indices, figures in micro_batch_losses(policy, batch, config, run):
-            parts.append((indices + first, figures))
-    if not parts:
+def measure_log_ratios(
+    policy, examples: common.Examples, batch: list[int], run: common.Run
+) -> torch.Tensor:
+    """The log-ratios (B, 2) of a global batch, chosen and rejected, without gradient."""
+    micro_batches = common.make_micro_batches(examples, batch, run)
+    log_ratios = []
+    for micro_batch in micro_batches:
+        policy_logps = micro_batch.sum_completions(policy(micro_batch))  # (2b,)
+        reference_logps = micro_batch.sum_completions(micro_batch.reference_logps)  # (2b,)
+        log_ratios.append((policy_logps - reference_logps).view(-1, 2))  # (b, 2)
+    return common.gather_batch(log_ratios, micro_batches, len(batch))
+
+
+def summarize(losses: torch.Tensor, log_ratios: torch.Tensor, config: Config) -> dict[str, float]:
+    """The metrics of a global batch, from losses (B,) and log-ratios (B, 2): chosen, rejected."""
+    reward_chosen, reward_rejected = (config.beta * log_ratios).unbind(1)  # (B,) each
+    margins = reward_chosen - reward_rejected
+    is_right = torch.heaviside(margins, margins.new_tensor(0.5))  # a tie counts as one half
+    return {
+        "loss": losses.mean().item(),
+        "reward_margin": margins.mean().item(),
+        "reward_accuracy": is_right.mean().item(),
+        "reward_chosen": reward_chosen.mean().item(),
+        "reward_rejected": reward_rejected.mean().item(),
+    }
+
+
+def evaluate(
+    policy, examples: common.Examples, config: Config, run: common.Run
+) -> dict[str, float]:
+    """The metrics on held-out examples, a batch of consecutive ones at a time.
+
+    policy: None stands for the reference model. Its log-ratios are 0, so nothing is computed.
+    """
+    losses = []
+    log_ratios = []
+    for start in range(0, len(examples), config.batch_size):
+        batch = list(range(start, min(start + config.batch_size, len(examples))))
+        batch_log_ratios = torch.zeros(len(batch), 2, dtype=run.dtype, device=run.device)
+        if policy is not None:
+            batch_log_ratios = measure_log_ratios(policy, examples, batch, run)
+        chosen_log_ratios, rejected_log_ratios = batch_log_ratios.unbind(1)  # (B,) each
+        batch_losses = ipo_loss(
+            chosen_log_ratios,  # the loss depends on differences of policy and reference alone
+            rejected_log_ratios,
+            torch.zeros_like(chosen_log_ratios),
+            torch.zeros_like(rejected_log_ratios),
+            config.beta,
+        )
+        losses.append(batch_losses)
+        log_ratios.append(batch_log_ratios)
+    if not losses:
         return {}
-    figures = summarise(common.gather(parts, len(examples), run), examples)
-    return {f"eval_{name}": value for name, value in figures.items()}
+    metrics = summarize(torch.cat(losses), torch.cat(log_ratios), config)
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def train(config: Config) -> None:
     """Train --model on --data into --out."""
-    run = common.Run(config)
-    rows, held_out = common.read_data(config.data, FORMS)
-    train_set = make_examples(rows, run.tokenizer, config)
-    test_set = make_examples(held_out, run.tokenizer, config)
-    steps = config.max_steps or config.epochs * steps_per_epoch(train_set, config)
-    if not run.start(train_set, test_set, steps):
+    run = common.start_run(config)
+    records, test_records = common.load_records(config.data, FORMATS)
+    train_set = make_examples(records, run.tokenizer, config)
+    test_set = make_examples(test_records, run.tokenizer, config)
+    schedule = make_schedule(train_set, config)  # the example indices of every step
+    run.check_data(len(records), train_set, test_set, schedule)
+    if run.is_finished():
         return
+
     policy = common.load_policy(run)
-    common.self_check(policy, train_set + test_set, run)
-    for examples in (train_set, test_set):
-        common.add_reference_logps(policy, examples, run)
+    common.check_model_and_choose_layout(policy, [train_set, test_set], run)
+    run.claim_folder()  # nothing is written to --out before this line
+    used = sorted(set(itertools.chain.from_iterable(schedule)))
+    common.add_reference_logps(policy, train_set, used, "train", run)
+    common.add_reference_logps(policy, test_set, range(len(test_set)), "test", run)
     optimizer = common.make_optimizer(policy, config)
-    done = run.resume(policy, optimizer)
-    if done == 0:
-        run.log(0, evaluate(policy, test_set, config, run))
-    for step in range(done + 1, steps + 1):
-        started = time.perf_counter()
-        batch = global_batch(train_set, config, step - 1)
-        parts = []
-        for loss, indices, figures in micro_batch_losses(policy, batch, config, run):
-            # The global batch's loss is a sum over processes, but FSDP averages their gradients.
-            (loss * run.world_size).backward()
-            parts.append((indices, figures))
-        figures = common.gather(parts, len(batch), run)
-        grad_norm = common.clip_gradient(policy, batch, figures, run, step)
+
+    # Until here the policy is the reference model, also when a run is resumed.
+    steps_done = run.load_checkpoint(policy, optimizer)
+    if steps_done == 0:
+        run.log(0, evaluate(None, test_set, config, run))
+    run.save_on_signals()
+    for step in range(steps_done + 1, len(schedule) + 1):
+        start_time = time.perf_counter()
+        batch = schedule[step - 1]  # the global batch, B pairs
+        num_completion_tokens = train_set.num_completion_tokens(batch)
+        micro_batches = common.make_micro_batches(train_set, batch, run)
+        losses = []
+        log_ratios = []
+        for micro_batch in micro_batches:
+            # The completions of a micro-batch are chosen, rejected, chosen, rejected, ...
+            policy_logps = micro_batch.sum_completions(policy(micro_batch)).view(-1, 2)  # (b, 2)
+            reference_logps = micro_batch.sum_completions(micro_batch.reference_logps).view(-1, 2)
+            policy_chosen_logps, policy_rejected_logps = policy_logps.unbind(1)  # (b,) each
+            reference_chosen_logps, reference_rejected_logps = reference_logps.unbind(1)
+            log_ratios.append((policy_logps - reference_logps).detach())
+            micro_losses = ipo_loss(
+                policy_chosen_logps,
+                policy_rejected_logps,
+                reference_chosen_logps,
+                reference_rejected_logps,
+                config.beta,
+            )  # (b,)
+            # The gradient of the mean over the global batch is a sum over micro-batches and
+            # processes. FSDP takes the mean over processes, hence world_size.
+            (micro_losses.sum() / len(batch) * run.world_size).backward()
+            losses.append(micro_losses.detach())
+
+        losses = common.gather_batch(losses, micro_batches, len(batch))  # (B,)
+        log_ratios = common.gather_batch(log_ratios, micro_batches, len(batch))  # (B, 2)
+        grad_norm = common.clip_gradient(policy, config.max_grad_norm)
+        common.check_finite(losses, grad_norm, batch, step)
         lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        record = summarise(figures, batch) | {"lr": lr, "grad_norm": grad_norm}
-        record |= run.speed(batch, started)
-        if step == steps or config.eval_every and step % config.eval_every == 0:
-            record |= evaluate(policy, test_set, config, run)
-        run.log(step, record)
+
+        metrics = summarize(losses, log_ratios, config)
+        metrics["lr"] = lr
+        metrics["grad_norm"] = grad_norm
+        metrics.update(run.speed_metrics(num_completion_tokens, start_time))
+        if step == 1:
+            common.check_first_step(log_ratios, num_completion_tokens, run)
+        if step == len(schedule) or (config.eval_every and step % config.eval_every == 0):
+            metrics.update(evaluate(policy, test_set, config, run))
+        run.log(step, metrics)
         run.save_if_due(step, policy, optimizer)
     run.export(policy)
 
 
 if __name__ == "__main__":
-    with common.exit_status():
-        train(common.parse(Config, __doc__))
+    common.run_script(train, Config, __doc__)

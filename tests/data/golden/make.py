@@ -33,7 +33,10 @@ def index_lists(script: str, data: str, settings: dict) -> list[list[int]]:
     numbers = {id(example): number for number, example in enumerate(examples)}
     num_steps = config.max_steps or config.epochs * module.steps_per_epoch(examples, config)
     steps = [module.global_batch(examples, config, step) for step in range(num_steps)]
-    return [[numbers[id(example)] for example in batch] for batch in steps]
+    indices = []
+    for batch in steps:
+        indices.append([numbers[id(example)] for example in batch])
+    return indices
 
 
 def metrics(script: str, processes: int, settings: dict, folder: Path) -> dict[str, list]:
@@ -70,10 +73,10 @@ def token_ids() -> dict[str, list]:
     found = {}
     for name, records in {"toy": golden_cases.toy_records(50), "hh": hh}.items():
         examples = dpo.make_examples(records, tokenizer, dpo.Config(model="toy"))
-        found[name] = [
-            [example["prompt_ids"].tolist(), *(ids.tolist() for ids in example["completions_ids"])]
-            for example in examples
-        ]
+        found[name] = []
+        for example in examples:
+            ids = [example["prompt_ids"], *example["completions_ids"]]
+            found[name].append([each.tolist() for each in ids])
     return found
 
 
