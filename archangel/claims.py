@@ -1,17 +1,20 @@
 """The claims of the report, each a contrast with a test and a rule, fixed before any result.
 
-A contrast is a weighted sum of methods' means on the same prompts. By its kind a claim
+A contrast is a weighted sum of the means of several methods on the same prompts. There are three
+kinds of claims:
 
-    above      holds where Wilcoxon's signed-rank test over prompts has p < 0.05, the 95% interval
-               of the contrast lies above 0 and so does every seed; it does not hold where all that
-               is so on the other side
-    par        holds where two one-sided t-tests over prompts show it within the margin, p < 0.05;
-               it does not where the 95% interval lies outside the margin
-    not below  holds where a one-sided t-test over prompts shows it above minus the margin,
-               p < 0.05; it does not where the 95% interval lies below minus the margin
+    above      holds if Wilcoxon's signed-rank test over prompts has p < 0.05, the 95% interval of
+               the contrast lies above 0, and the contrast of every seed does too. It does not hold
+               if all of that is true with the opposite sign.
+    par        equivalence: holds if two one-sided t-tests over prompts show that the contrast is
+               within the margin, p < 0.05. It does not hold if the 95% interval lies outside the
+               margin.
+    not below  holds if a one-sided t-test over prompts shows that the contrast is above minus the
+               margin, p < 0.05. It does not hold if the 95% interval lies below minus the margin.
 
-and otherwise nothing can be told. The margin is 0.05 of win rate. p-values are corrected for the
-number of claims (Holm). Seeds are averaged for each prompt first: prompts, not replies, are drawn.
+Otherwise the outcome is "cannot tell". The margin is 0.05 of win rate. p-values are corrected for
+the number of claims (Holm). Each prompt's values are first averaged over seeds, so that tests and
+intervals are over prompts, not over replies.
 """
 
 import dataclasses
@@ -22,189 +25,242 @@ from scipy import stats
 from archangel import statistics
 
 NAMES = {"sft": "SFT", "slic": "SLiC", "dpo": "DPO", "ppo": "PPO", "kto": "KTO", "base": "base"}
-Table = dict[str, dict[int, np.ndarray]]  # arm to seed to one number a prompt
+Table = dict[str, dict[int, np.ndarray]]  # arm to seed to (prompts,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What the report says, as a contrast of arms: the sum of weight times mean."""
+    """A claim about a contrast of arms: the sum over arms of weight times mean."""
 
     text: str
-    weights: dict[str, float]
+    weights: dict[str, float]  # arm to weight
     kind: str = "above"  # above, par, not below
-    measure: str = "win"  # win rate; tokens a reply; majority: its reply's probability minus 0.5
+    # win: win rate. tokens: of a reply. majority: the probability of the majority's reply, less 0.5
+    measure: str = "win"
 
 
 def name_of(arm: str) -> str:
-    """sft+kto as SFT+KTO; a variant's name behind it in brackets."""
+    """The name of an arm as people write it: SFT+KTO for sft+kto, KTO (kl zero) for kto_kl_zero."""
     method, _, variant = arm.partition("_")
     name = "+".join(NAMES[part] for part in method.split("+"))
-    return f"{name} ({variant.replace('_', ' ')})" if variant else name
+    if variant:
+        name += f" ({variant.replace('_', ' ')})"
+    return name
 
 
 def contrast(weights: dict[str, float]) -> str:
-    """{"sft": 1.0, "base": -0.5} as SFT - 0.5 base."""
+    """A contrast in words: SFT - 0.5 base for {"sft": 1.0, "base": -0.5}."""
     words = []
     for arm, weight in weights.items():
-        sign = "-" if weight < 0 else "+" if words else ""
-        factor = "" if abs(weight) == 1 else f"{abs(weight):g}"
-        words += filter(None, (sign, factor, name_of(arm)))
+        if weight < 0:
+            words.append("-")
+        elif words:
+            words.append("+")
+        if abs(weight) != 1:
+            words.append(f"{abs(weight):g}")
+        words.append(name_of(arm))
     return " ".join(words)
 
 
 def claims_of_report() -> list[Claim]:
-    """The claims that need the eight methods alone, in the report's order."""
-    made = []
+    """The claims that need only the eight methods, in the report's order."""
+    claims = []
     for loss in ("dpo", "ppo", "kto"):
         both = f"sft+{loss}"
         text = f"Most of the gain of {name_of(both)} comes from SFT"
-        made.append(Claim(text, {"sft": 1.0, "base": -0.5, both: -0.5}))
-    made.append(Claim("SFT shortens replies", {"base": 1.0, "sft": -1.0}, measure="tokens"))
+        claims.append(Claim(text, {"sft": 1.0, "base": -0.5, both: -0.5}))
+    claims.append(Claim("SFT shortens replies", {"base": 1.0, "sft": -1.0}, measure="tokens"))
     for loss in ("dpo", "ppo", "kto"):
         both = f"sft+{loss}"
         text = f"{name_of(both)} adds little to SFT"
-        made.append(Claim(text, {both: 1.0, "sft": -1.0}, "par"))
+        claims.append(Claim(text, {both: 1.0, "sft": -1.0}, "par"))
     for before in ("", "sft+"):
-        ppo, dpo = f"{before}ppo", f"{before}dpo"
+        ppo = f"{before}ppo"
+        dpo = f"{before}dpo"
         text = f"Offline {name_of(ppo)} with dummy rewards is on a par with {name_of(dpo)}"
-        made.append(Claim(text, {ppo: 1.0, dpo: -1.0}, "par"))
+        claims.append(Claim(text, {ppo: 1.0, dpo: -1.0}, "par"))
     for loss in ("ppo", "dpo"):
         text = f"{name_of(loss)} does better after SFT"
-        made.append(Claim(text, {f"sft+{loss}": 1.0, loss: -1.0}))
-    return made + [
+        claims.append(Claim(text, {f"sft+{loss}": 1.0, loss: -1.0}))
+    claims += [
         Claim("SFT+KTO is on a par with SFT+DPO", {"sft+kto": 1.0, "sft+dpo": -1.0}, "par"),
         Claim("KTO alone beats DPO alone", {"kto": 1.0, "dpo": -1.0}),
         Claim("KTO alone keeps up with SFT+KTO", {"kto": 1.0, "sft+kto": -1.0}, "not below"),
     ]
+    return claims
 
 
 def claims_of_ablations(wins: Table) -> list[Claim]:
-    """The claims on KTO's settings; beta's own value is held against the best of the others."""
-    made = []
+    """The claims about KTO's settings. The default beta is compared with the best of the others."""
+    claims = []
     for method in ("sft+kto", "sft+dpo"):
-        sweep = [arm for arm in wins if arm.startswith(f"{method}_beta")]
-        if sweep:
-            best = max(sweep, key=lambda arm: np.mean(list(wins[arm].values())))
+        other_betas = [arm for arm in wins if arm.startswith(f"{method}_beta")]
+        if other_betas:
+            best = max(other_betas, key=lambda arm: np.mean(list(wins[arm].values())))
             text = f"One beta suits both: {name_of(method)} at 0.1 keeps up with the best other"
-            weights = {method: 1.0, best: -1.0}
-            made.append(Claim(text, weights, "not below"))
-    for text, variant in (
-        ("KTO is stable at 4 examples a batch", "kto_batch_size_4"),
-        ("KTO is stable with 90% of the desirable rows dropped", "kto_few_desirable"),
-    ):
-        weights = {variant: 1.0, "kto": -1.0}
-        made.append(Claim(text, weights, "not below"))
-    return made
+            claims.append(Claim(text, {method: 1.0, best: -1.0}, "not below"))
+    variants = {
+        "kto_batch_size_4": "KTO is stable at 4 examples a batch",
+        "kto_few_desirable": "KTO is stable with 90% of the desirable rows dropped",
+    }
+    for variant, text in variants.items():
+        claims.append(Claim(text, {variant: 1.0, "kto": -1.0}, "not below"))
+    return claims
 
 
-def claims_of_theorem(contradictory: dict[str, tuple[float, str]], gap: float) -> list[Claim]:
-    """Where DPO's optimum sides with the minority, KTO sides with the majority."""
-    made = []
+def claims_of_contradictory_labels(
+    contradictory: dict[str, tuple[float, str]], gap: float
+) -> list[Claim]:
+    """Where DPO's optimum sides with the minority, DPO does so, and KTO sides with the majority.
+
+    contradictory: arm to (share of labels that agree, loss). gap: see optimum_of_dpo.
+    """
+    claims = []
     for arm, (majority, loss) in contradictory.items():
         if majority > 0.5 and optimum_of_dpo(majority, gap) < 0.5:
-            side, weight = ("majority", 1.0) if loss == "kto" else ("minority", -1.0)
+            if loss == "kto":
+                side = "majority"
+                weight = 1.0
+            else:
+                side = "minority"
+                weight = -1.0
             text = f"With {majority:.0%} for one reply, {NAMES[loss]} sides with the {side}"
-            made.append(Claim(text, {arm: weight}, "above", "majority"))
-    return made
+            claims.append(Claim(text, {arm: weight}, "above", "majority"))
+    return claims
 
 
 def optimum_of_dpo(
     majority: np.ndarray | float, gap: float, beta: float = 0.1
 ) -> np.ndarray | float:
-    """The majority's reply's share of the two at DPO's optimum, where the base has it gap behind.
+    """The probability of the majority's reply, as a share of both replies', at DPO's optimum.
 
-    DPO's loss on labels of which a share p = majority agree is least where beta times the change
-    of the log-odds is log(p / (1 - p)). gap: nats. Shaped as majority.
+    If a share p of the labels agree, DPO's loss is least where beta times the change of the
+    log-odds is log(p / (1 - p)).
+
+    Args:
+        majority: p, a number or an array.
+        gap: how much less likely than the other reply the base model finds it, in nats.
+    Returns:
+        Shares, in the shape of majority.
     """
     return 1 / (1 + np.exp(gap - np.log(majority / (1 - majority)) / beta))
 
 
-# ------------------------------------------------------------ tests and rules
+# ---------------------------------------------------------------------------------- tests and rules
 
 
 def interval(values: np.ndarray, level: float) -> list[float]:
-    """Of the mean of (seeds, prompts): bootstrap over prompts, with seeds nested in them."""
-    half = stats.norm.ppf((1 + level) / 2) * statistics.bootstrap_se(values)
-    return [float(values.mean() - half), float(values.mean() + half)]
+    """Interval of the mean of values (seeds, prompts), from their bootstrap standard error."""
+    half_width = stats.norm.ppf((1 + level) / 2) * statistics.bootstrap_se(values)
+    return [float(values.mean() - half_width), float(values.mean() + half_width)]
 
 
 def win_interval(wins: np.ndarray, level: float) -> list[float]:
-    """Of win rate minus one half: the report's binomial one for a single seed."""
+    """Interval of the win rate minus one half, of wins (seeds, prompts).
+
+    For a single seed it is the report's binomial interval.
+    """
     if len(wins) > 1:
         return interval(wins - 0.5, level)
-    return [end - 0.5 for end in statistics.binomial_interval(wins.sum(), wins.size, level)]
+    low, high = statistics.binomial_interval(wins.sum(), wins.size, level)
+    return [low - 0.5, high - 0.5]
 
 
 def seeds_of(claim: Claim, table: Table) -> list[int]:
-    """The seeds that all arms of a claim have; none where an arm is missing."""
-    return sorted(set.intersection(*(set(table.get(arm, ())) for arm in claim.weights)))
+    """The seeds that all arms of a claim have. None, if an arm is missing."""
+    seeds_of_arms = [set(table.get(arm, ())) for arm in claim.weights]
+    return sorted(set.intersection(*seeds_of_arms))
 
 
 def examine(claim: Claim, table: Table) -> dict:
-    """Effect, 95% interval, p-value and seeds of one claim; its prompts all in one order."""
+    """The record of a claim: effect, 95% interval, p-value, and the effect of each seed.
+
+    table: values of the claim's measure, (prompts,) in the same order for all arms and seeds.
+    """
     seeds = seeds_of(claim, table)
-    values = sum(w * np.stack([table[a][s] for s in seeds]) for a, w in claim.weights.items())
-    over_seeds, zeros = values.mean(0), np.zeros(values.shape[1])  # (prompts,)
+    values = 0.0  # of the contrast, (seeds, prompts)
+    for arm, weight in claim.weights.items():
+        values = values + weight * np.stack([table[arm][seed] for seed in seeds])
+    mean_over_seeds = values.mean(axis=0)  # (prompts,)
+    zeros = np.zeros_like(mean_over_seeds)
     if claim.kind == "above":
-        name, p = "Wilcoxon", statistics.paired(over_seeds, zeros)["wilcoxon_p"]
+        test = "Wilcoxon"
+        p = statistics.paired(mean_over_seeds, zeros)["wilcoxon_p"]
     elif claim.kind == "par":
-        name, p = "two one-sided t", statistics.equivalent(over_seeds, zeros)["p"]
+        test = "two one-sided t"
+        p = statistics.equivalent(mean_over_seeds, zeros)["p"]
     else:
-        name, p = "one-sided t", statistics.not_below(over_seeds, zeros)
+        test = "one-sided t"
+        p = statistics.not_below(mean_over_seeds, zeros)
     return {
         "claim": claim.text,
         "contrast": contrast(claim.weights),
         "kind": claim.kind,
         "measure": claim.measure,
-        "test": name,
+        "test": test,
         "effect": float(values.mean()),
         "interval_95": interval(values, 0.95),
         "p": p,
-        "by_seed": [float(mean) for mean in values.mean(1)],
+        "by_seed": [float(mean) for mean in values.mean(axis=1)],
         "prompts": values.shape[1],
     }
 
 
 def decide(record: dict) -> str:
-    """What a claim's record means here, by the rules above."""
+    """The outcome of a claim, from its record and the rules above."""
     low, high = record["interval_95"]
-    shown, seeds, margin = record["p_holm"] < 0.05, record["by_seed"], statistics.MARGIN
+    seeds = record["by_seed"]
+    margin = statistics.MARGIN
+    is_significant = record["p_holm"] < 0.05
     if record["kind"] == "above":
-        holds = shown and low > 0 and min(seeds) > 0
-        fails = shown and high < 0 and max(seeds) < 0
+        holds = is_significant and low > 0 and min(seeds) > 0
+        fails = is_significant and high < 0 and max(seeds) < 0
     elif record["kind"] == "par":
-        holds, fails = shown, low > margin or high < -margin
+        holds = is_significant
+        fails = low > margin or high < -margin
     else:
-        holds, fails = shown, high < -margin
-    return "holds" if holds else "does not" if fails else "cannot tell"
+        holds = is_significant
+        fails = high < -margin
+    if holds:
+        return "holds"
+    if fails:
+        return "does not"
+    return "cannot tell"
 
 
-def examine_all(tables: dict[str, dict[str, Table]], made: dict[str, list[Claim]]) -> list[dict]:
-    """The records of all claims whose arms are there, their p-values corrected together.
+def examine_all(
+    tables: dict[str, dict[str, Table]], claims_of_models: dict[str, list[Claim]]
+) -> list[dict]:
+    """The records of all claims whose arms have results, their p-values corrected together.
 
-    tables, made: model to measure to table, and model to its claims.
+    Args:
+        tables: model to measure to table.
+        claims_of_models: model to claims.
     """
-    records = [
-        {"model": model, **examine(claim, tables[model][claim.measure])}
-        for model, its_claims in made.items()
-        for claim in its_claims
-        if seeds_of(claim, tables[model].get(claim.measure, {}))
-    ]
+    records = []
+    for model, claims in claims_of_models.items():
+        for claim in claims:
+            table = tables[model].get(claim.measure, {})
+            if seeds_of(claim, table):
+                records.append({"model": model, **examine(claim, table)})
     return conclude(records)
 
 
 def conclude(records: list[dict]) -> list[dict]:
-    """The records with what depends on all of them: corrected p-values, and what they mean here.
+    """Add to each record what depends on all of them: the corrected p-value, and the outcome.
 
-    For a claim of a par also `prompts_needed`: how many it takes to show one, so corrected, of two
-    methods that do not differ, where the contrast varies from prompt to prompt as much as this.
+    A claim of equivalence also gets `prompts_needed`: the number of prompts that would show it at
+    the corrected level, if the methods did not differ and the contrast varied from prompt to prompt
+    as it does here.
     """
-    for record, p in zip(records, statistics.holm([record["p"] for record in records])):
+    corrected = statistics.holm([record["p"] for record in records])
+    for record, p in zip(records, corrected):
         record["p_holm"] = p
         record["here"] = decide(record)
         if record["kind"] == "par":
             low, high = record["interval_95"]
-            se = (high - low) / 2 / stats.norm.ppf(0.975)
-            sd, level = se * np.sqrt(record["prompts"]), 0.05 / len(records)
+            standard_error = (high - low) / 2 / stats.norm.ppf(0.975)
+            sd = standard_error * np.sqrt(record["prompts"])
+            level = 0.05 / len(records)
             record["prompts_needed"] = statistics.prompts_needed(sd, level=level)
     return records

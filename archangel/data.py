@@ -1,11 +1,11 @@
-"""The report's data, and any other preference data, as the rows that a trainer reads.
+"""The report's data, and any other preference data, as the records that a trainer reads.
 
 The report (section 3.4) aligns every model on one mixture of three sets: Anthropic HH,
 OpenAssistant, and "the subset of SHP recommended in the original release". Its SFT targets are "a
-subset of the generations used to subsequently align the model". This file makes those rows, and the
-rows of any other set in the field's usual shapes. A row is one JSON object in one of three forms:
+subset of the generations used to subsequently align the model". This file makes those records, and
+the records of any other set in a common format. A record is one JSON object in one of three forms:
 
-    preference   {"prompt", "chosen", "rejected"}, and "target" where SFT imitates another reply
+    preference   {"prompt", "chosen", "rejected"}, and "target" if SFT imitates another reply
     unpaired     {"prompt", "completion", "label"}: true is desirable
     supervised   {"prompt", "completion"}
 
@@ -42,89 +42,104 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from archangel.command import exit_status
-from archangel.errors import UserError
+from archangel.errors import UserError, exit_status
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
 NOT_SHARED = "no shared opening up to the last Assistant turn"
 MIN_SCORE_RATIO = 2  # SHP: smaller differences are mostly noise
-MAX_PAIRS_PER_PROMPT = 5  # SHP: else a few busy posts outweigh the rest
+MAX_PAIRS_PER_PROMPT = 5  # SHP: otherwise a few busy posts outweigh the rest
 
-Row = dict[str, str | bool]
+Record = dict[str, str | bool]
 
 
-# ---- counting ----------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- counting
 
 
 class Dropped(Exception):
-    """Something read that gives no row; the message is the reason."""
+    """Something that was read and gives no record. The message is the reason."""
 
 
 @dataclasses.dataclass
 class Counts:
-    """What became of all that one source held: `read == kept + sum(dropped.values())`."""
+    """What became of everything that was read: `read == kept + sum(dropped.values())`."""
 
-    unit: str
+    unit: str  # of what is counted, such as "pairs"
     read: int = 0
     kept: int = 0
-    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+    dropped: Counter[str] = dataclasses.field(default_factory=Counter)  # by reason
 
     def __str__(self) -> str:
-        reasons = "; ".join(f"{reason}: {number}" for reason, number in self.dropped.most_common())
         text = f"read {self.read} {self.unit}, kept {self.kept}, dropped {self.dropped.total()}"
-        return f"{text} ({reasons})" if reasons else text
+        reasons = [f"{reason}: {number}" for reason, number in self.dropped.most_common()]
+        if reasons:
+            text += f" ({'; '.join(reasons)})"
+        return text
 
 
-def convert_each(raw_rows: Iterable[dict], to_row: Callable, counts: Counts) -> Iterator:
-    """Yield `to_row(raw_row)` for every raw row that is not `Dropped`, and count both kinds."""
-    for raw_row in tqdm(raw_rows, unit=f" {counts.unit}", disable=None):
+def convert_each(raw_records: Iterable[dict], convert: Callable, counts: Counts) -> Iterator:
+    """Yield convert(raw_record) for every raw record, except for those that raise `Dropped`.
+
+    Both kinds are counted.
+    """
+    for raw_record in tqdm(raw_records, unit=f" {counts.unit}", disable=None):
         counts.read += 1
         try:
-            row = to_row(raw_row)
+            converted = convert(raw_record)
         except Dropped as reason:
             counts.dropped[str(reason)] += 1
         else:
             counts.kept += 1
-            yield row
+            yield converted
 
 
-def field(row: dict, name: str, kind: type | tuple = str) -> object:
-    """The value of a column, which must be there and of that kind (text unless said)."""
-    if not isinstance(row.get(name), kind):
-        raise Dropped(f"no usable {name!r} among the columns {', '.join(map(str, row))}")
-    return row[name]
+def field(record: dict, name: str, kind: type | tuple = str) -> object:
+    """The value of a column. Raises Dropped if it is missing or of another type."""
+    if not isinstance(record.get(name), kind):
+        raise Dropped(f"no usable {name!r} among the columns {', '.join(map(str, record))}")
+    return record[name]
 
 
-def preference(prompt: str, chosen: str, rejected: str, target: str | None = None) -> Row:
-    """A preference row; `target`, the reply that SFT imitates, is left out where it is `chosen`."""
+def preference(prompt: str, chosen: str, rejected: str, target: str | None = None) -> Record:
+    """A preference record. target: the reply that SFT imitates, if it is not `chosen`."""
     if not chosen.strip() or not rejected.strip():
         raise Dropped("empty reply")
     if chosen.strip() == rejected.strip():
         raise Dropped("identical replies")
-    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return row if target in (None, chosen) else {**row, "target": target}
+    record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if target is not None and target != chosen:
+        record["target"] = target
+    return record
 
 
-# ---- the report's three sets: raw rows -> preference rows --------------------------------------
+# --------------------------------------- the report's three sets: raw records to preference records
 
 
-def hh(raw_rows: Iterable[dict], counts: Counts, seed: int = 1) -> Iterator[Row]:
-    """Anthropic HH: two dialogues that part at the last reply; what they share is the prompt."""
-    pair = ("chosen", "rejected")
-    return convert_each(raw_rows, lambda row: any_row({k: field(row, k) for k in pair}), counts)
+def hh(raw_records: Iterable[dict], counts: Counts, seed: int = 1) -> Iterator[Record]:
+    """Anthropic HH: two dialogues that differ in the last reply. What they share is the prompt."""
+
+    def convert(raw_record: dict) -> Record:
+        dialogues = {name: field(raw_record, name) for name in ("chosen", "rejected")}
+        return any_record(dialogues)
+
+    return convert_each(raw_records, convert, counts)
 
 
-def oasst(raw_rows: Iterable[dict], counts: Counts, seed: int = 1) -> Iterator[Row]:
-    """OpenAssistant: every English set of ranked sibling replies gives its adjacent pairs.
+def oasst(raw_records: Iterable[dict], counts: Counts, seed: int = 1) -> Iterator[Record]:
+    """OpenAssistant: every set of ranked English replies to a message gives its adjacent pairs.
 
-    Takes exported trees or the hub's flat messages. The prompt is the conversation from the root;
-    rank 0 is best. The SFT target is the best sibling (the authors' code took the worst). What is
-    counted is the assistant's replies, of which `n` ranked siblings give `n - 1` rows.
+    The prompt is the conversation from the root; rank 0 is best. The SFT target is the best reply
+    (the authors' code took the worst). `n` ranked replies give `n - 1` records. The assistant's
+    replies are counted.
+
+    raw_records: exported trees, or the hub's flat messages.
     """
-    raw_rows = list(raw_rows)
+    raw_records = list(raw_records)
     try:
-        exported = raw_rows and "prompt" in raw_rows[0]
-        trees = [row["prompt"] for row in raw_rows] if exported else nest(raw_rows)
+        if raw_records and "prompt" in raw_records[0]:
+            trees = [record["prompt"] for record in raw_records]
+        else:
+            trees = nest(raw_records)
         for tree in tqdm(trees, unit=" trees", disable=None):
             for prompt, replies, fault in conversations(tree):
                 yield from adjacent_pairs(prompt, replies, fault, counts)
@@ -134,23 +149,29 @@ def oasst(raw_rows: Iterable[dict], counts: Counts, seed: int = 1) -> Iterator[R
 
 def nest(messages: list[dict]) -> list[dict]:
     """The roots of the hub's flat messages, each message with a list of its `replies`."""
-    known = {message["message_id"]: {**message, "replies": []} for message in messages}
-    # What answers a message that is not there has lost its prompt: as below a deleted one.
-    absent = {"text": "", "role": "prompter", "deleted": True, "replies": []}
-    roots = [absent]
-    for message in known.values():
-        parent = message.get("parent_id")
-        siblings = known.get(parent, absent)["replies"] if parent else roots
-        siblings.append(message)
+    by_id = {message["message_id"]: {**message, "replies": []} for message in messages}
+    # A message whose parent is missing has lost its prompt. It is treated as if it stood below a
+    # deleted message.
+    missing = {"text": "", "role": "prompter", "deleted": True, "replies": []}
+    roots = [missing]
+    for message in by_id.values():
+        parent_id = message.get("parent_id")
+        if parent_id:
+            parent = by_id.get(parent_id, missing)
+            parent["replies"].append(message)
+        else:
+            roots.append(message)
     return roots
 
 
 def conversations(
     message: dict, opening: str = "", fault: str | None = None
 ) -> Iterator[tuple[str, list[dict], str | None]]:
-    """(prompt, replies, fault) of each person's turn from `message` down.
+    """(prompt, replies, fault) of each of the user's turns, from `message` down.
 
-    `fault` says why nothing there can be used: this message, or one above it, cannot.
+    Args:
+        opening: the conversation before `message`.
+        fault: why this message cannot be used; None if it can. Nothing below it can be used either.
     """
     fault = fault or unusable(message)
     opening += turn("user" if message["role"] == "prompter" else "assistant", message["text"])
@@ -161,7 +182,7 @@ def conversations(
 
 
 def unusable(message: dict) -> str | None:
-    """Why an OpenAssistant message and all below it are left out; None where they are not."""
+    """Why an OpenAssistant message and all below it are left out. None if they are not."""
     if message.get("deleted"):
         return "deleted, or below a deleted message"
     if message.get("lang", "en") != "en":
@@ -173,20 +194,23 @@ def unusable(message: dict) -> str | None:
 
 def adjacent_pairs(
     prompt: str, replies: list[dict], fault: str | None, counts: Counts
-) -> Iterator[Row]:
-    """The rows of one set of siblings: rank 0 over rank 1, rank 1 over rank 2, and so on."""
+) -> Iterator[Record]:
+    """The records of the replies to one prompt: rank 0 over 1, rank 1 over 2, and so on.
+
+    fault: why the prompt cannot be used; None if it can.
+    """
     best_first = []
     for reply in sorted(replies, key=lambda reply: reply.get("rank") or 0):
-        text = said(reply["text"])
+        text = completion_text(reply["text"])
         reason = fault or unusable(reply)
-        if not reason and reply.get("rank") is None:
+        if reason is None and reply.get("rank") is None:
             reason = "not ranked"
-        if not reason and text in best_first:
+        if reason is None and text in best_first:
             reason = "identical replies"
-        if reason:
-            counts.dropped[reason] += 1
-        else:
+        if reason is None:
             best_first.append(text)
+        else:
+            counts.dropped[reason] += 1
     counts.read += len(replies)
     if len(best_first) == 1:
         counts.dropped["no other ranked reply to compare with"] += 1
@@ -196,39 +220,52 @@ def adjacent_pairs(
         yield preference(prompt, better, worse, target=best_first[0])
 
 
-def shp(raw_rows: Iterable[dict], counts: Counts, seed: int = 1) -> Iterator[Row]:
+def shp(raw_records: Iterable[dict], counts: Counts, seed: int = 1) -> Iterator[Record]:
     """Stanford Human Preferences: the subset that its authors recommend.
 
-    Pairs whose scores differ at least twofold, and of these at most five a prompt, drawn by `seed`.
-    The SFT target is the best-scored reply in all of a prompt's twofold pairs.
+    Pairs whose scores differ at least twofold. If a prompt has more than five of these, five are
+    drawn by `seed`. The SFT target is the reply with the highest score in all of a prompt's pairs
+    that differ twofold.
     """
-    pairs, best = defaultdict(list), {}
-    for row, scored in convert_each(raw_rows, shp_pair, counts):
-        prompt = row["prompt"]
-        pairs[prompt].append(row)
-        best[prompt] = max(scored, best.get(prompt, scored))
-    draw = random.Random(seed)
-    for prompt, rows in pairs.items():
-        drawn = draw.sample(rows, min(len(rows), MAX_PAIRS_PER_PROMPT))
-        if surplus := len(rows) - len(drawn):
+    pairs = defaultdict(list)  # by prompt
+    best = {}  # prompt to (score, reply)
+    for pair, score_and_reply in convert_each(raw_records, shp_pair, counts):
+        prompt = pair["prompt"]
+        pairs[prompt].append(pair)
+        best[prompt] = max(score_and_reply, best.get(prompt, score_and_reply))
+    rng = random.Random(seed)
+    for prompt, pairs_of_prompt in pairs.items():
+        drawn = rng.sample(pairs_of_prompt, min(len(pairs_of_prompt), MAX_PAIRS_PER_PROMPT))
+        surplus = len(pairs_of_prompt) - len(drawn)
+        if surplus:
             counts.kept -= surplus
             counts.dropped[f"more than {MAX_PAIRS_PER_PROMPT} pairs of one prompt"] += surplus
-        for row in drawn:
-            yield preference(**row, target=best[prompt][1])
+        _, target = best[prompt]
+        for pair in drawn:
+            yield preference(**pair, target=target)
 
 
-def shp_pair(row: dict) -> tuple[Row, tuple[float, str]]:
-    """An SHP row as a preference row, and (score, text) of its better-scored reply."""
+def shp_pair(raw_record: dict) -> tuple[Record, tuple[float, str]]:
+    """A raw record of SHP as a preference record, and (score, reply) of the higher-scored reply."""
     number = (int, float)
-    if field(row, "score_ratio", number) < MIN_SCORE_RATIO:
+    if field(raw_record, "score_ratio", number) < MIN_SCORE_RATIO:
         raise Dropped(f"score ratio below {MIN_SCORE_RATIO}")
-    a, b = said(field(row, "human_ref_A")), said(field(row, "human_ref_B"))
-    chosen, rejected = (a, b) if field(row, "labels", int) == 1 else (b, a)  # 1: A is preferred
-    pair = preference(turn("user", field(row, "history")) + ASSISTANT, chosen, rejected)
-    return pair, max((field(row, "score_A", number), a), (field(row, "score_B", number), b))
+    reply_a = completion_text(field(raw_record, "human_ref_A"))
+    reply_b = completion_text(field(raw_record, "human_ref_B"))
+    if field(raw_record, "labels", int) == 1:  # A is preferred
+        chosen = reply_a
+        rejected = reply_b
+    else:
+        chosen = reply_b
+        rejected = reply_a
+    prompt = turn("user", field(raw_record, "history")) + ASSISTANT
+    pair = preference(prompt, chosen, rejected)
+    score_a = field(raw_record, "score_A", number)
+    score_b = field(raw_record, "score_B", number)
+    return pair, max((score_a, reply_a), (score_b, reply_b))
 
 
-# name -> (hub id, what converts it, what is counted)
+# name: (hub id, function that converts it, what is counted)
 REPORT_SETS = {
     "hh": ("Anthropic/hh-rlhf", hh, "pairs of dialogues"),
     "oasst": ("OpenAssistant/oasst1", oasst, "replies"),
@@ -236,86 +273,101 @@ REPORT_SETS = {
 }
 
 
-# ---- any other set: raw rows -> rows -----------------------------------------------------------
+# ------------------------------------------------------------ any other set: raw records to records
 
 
 def any_set(
-    raw_rows: Iterable[dict], counts: Counts, seed: int = 1, tokenizer=None
-) -> Iterator[Row]:
-    """Preferences, labelled or supervised examples, as text or messages."""
-    return convert_each(raw_rows, lambda row: any_row(row, tokenizer), counts)
+    raw_records: Iterable[dict], counts: Counts, seed: int = 1, tokenizer=None
+) -> Iterator[Record]:
+    """Preference, unpaired or supervised data, as text or messages."""
+    return convert_each(raw_records, lambda record: any_record(record, tokenizer), counts)
 
 
-def any_row(row: dict, tokenizer=None) -> Row:
-    """The row that a raw row of one of the field's usual shapes stands for."""
-    if {"chosen", "rejected"} <= row.keys():
-        given = row.get("prompt")
-        prompt, chosen = split_dialogue(given, row["chosen"], tokenizer)
-        other_prompt, rejected = split_dialogue(given, row["rejected"], tokenizer)
+def any_record(raw_record: dict, tokenizer=None) -> Record:
+    """The record of a raw record in one of the common formats."""
+    if {"chosen", "rejected"} <= raw_record.keys():
+        given = raw_record.get("prompt")
+        prompt, chosen = split_dialogue(given, raw_record["chosen"], tokenizer)
+        other_prompt, rejected = split_dialogue(given, raw_record["rejected"], tokenizer)
         if prompt != other_prompt:
             raise Dropped(NOT_SHARED)
         return preference(prompt, chosen, rejected)
-    if {"prompt", "completion"} <= row.keys():
-        prompt, completion = split_dialogue(row["prompt"], row["completion"], tokenizer)
-    elif "messages" in row:
-        prompt, completion = split_dialogue(None, row["messages"], tokenizer)
+    if {"prompt", "completion"} <= raw_record.keys():
+        prompt, completion = split_dialogue(
+            raw_record["prompt"], raw_record["completion"], tokenizer
+        )
+    elif "messages" in raw_record:
+        prompt, completion = split_dialogue(None, raw_record["messages"], tokenizer)
     else:
-        raise Dropped(f"unknown columns {', '.join(map(str, row))}")
+        raise Dropped(f"unknown columns {', '.join(map(str, raw_record))}")
     if not completion.strip():
         raise Dropped("empty reply")
-    example = {"prompt": prompt, "completion": completion}
-    if "label" not in row:
-        return example
-    label = str(row["label"]).lower()  # CSV has text, and some sets 0 and 1
-    if label not in ("true", "1", "false", "0"):
-        raise Dropped("label neither true nor false")
-    return {**example, "label": label in ("true", "1")}
+    record = {"prompt": prompt, "completion": completion}
+    if "label" in raw_record:
+        label = str(raw_record["label"]).lower()  # CSV has text, and some sets have 0 and 1
+        if label not in ("true", "1", "false", "0"):
+            raise Dropped("label neither true nor false")
+        record["label"] = label in ("true", "1")
+    return record
 
 
 def split_dialogue(prompt, reply, tokenizer=None) -> tuple[str, str]:
     """(prompt, completion) as text, from text or from lists of {"role", "content"} messages.
 
-    Text with a prompt of its own stays as it is. A reply is the whole dialogue where `prompt` is
-    None, and where it is messages that open with another turn than the assistant's.
+    Args:
+        prompt: text, which stays as it is if the reply is text too; messages; or None.
+        reply: the reply. It is the whole dialogue if `prompt` is None, or if it is messages that
+            begin with another turn than the assistant's.
+        tokenizer: its chat template formats messages. If None, they are formatted as HH's turns.
     """
     if isinstance(reply, str) and isinstance(prompt, str):
         return prompt, reply
     if isinstance(reply, str) and prompt is None:
-        opening, found, last = reply.rpartition(ASSISTANT)
-        if not found:
+        opening, separator, last_reply = reply.rpartition(ASSISTANT)
+        if not separator:
             raise Dropped(NOT_SHARED)
-        return opening + ASSISTANT, said(last)
-    messages, answer = as_messages(prompt or [], "user"), as_messages(reply, "assistant")
-    follows = answer and answer[0]["role"] == "assistant"
-    messages = messages + answer if follows else answer
+        return opening + ASSISTANT, completion_text(last_reply)
+    prompt_messages = as_messages(prompt or [], "user")
+    messages = as_messages(reply, "assistant")
+    if messages and messages[0]["role"] == "assistant":
+        messages = prompt_messages + messages
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise Dropped("not messages that end in the assistant's answer")
-    if not messages[-1]["content"].strip():
+    answer = messages[-1]["content"]
+    if not answer.strip():
         raise Dropped("empty reply")
     if tokenizer is not None:
         return apply_template(messages, tokenizer)
     opening = "".join(turn(message["role"], message["content"]) for message in messages[:-1])
-    return opening + ASSISTANT, said(messages[-1]["content"])
+    return opening + ASSISTANT, completion_text(answer)
 
 
 def as_messages(value, role: str) -> list[dict[str, str]]:
-    """A list of messages with nothing but role and content; text is one message of `role`."""
+    """A list of messages with only role and content. Text becomes one message of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise Dropped("neither text nor a list of messages")
-    return [{key: field(message, key) for key in ("role", "content")} for message in value]
+    messages = []
+    for message in value:
+        messages.append({"role": field(message, "role"), "content": field(message, "content")})
+    return messages
 
 
-def said(text: str) -> str:
-    """What follows a role in the HH form."""
+def completion_text(text: str) -> str:
+    """What follows a role in HH's format."""
     return " " + text.strip()
 
 
 def turn(role: str, text: str) -> str:
-    """One turn in the HH form, which has no name for other roles: they keep their own."""
-    opening = {"user": HUMAN, "assistant": ASSISTANT}.get(role, f"\n\n{role.capitalize()}:")
-    return opening + said(text)
+    """One turn in HH's format. It has no names for roles other than these two: they keep theirs."""
+    if role == "user":
+        name = HUMAN
+    elif role == "assistant":
+        name = ASSISTANT
+    else:
+        name = f"\n\n{role.capitalize()}:"
+    return name + completion_text(text)
 
 
 def apply_template(messages: list[dict], tokenizer) -> tuple[str, str]:
@@ -338,18 +390,18 @@ def apply_template(messages: list[dict], tokenizer) -> tuple[str, str]:
     return prompt, completion.removesuffix(tokenizer.eos_token or "")
 
 
-# ---- reading -----------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------ reading
 
 FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def file_kind(path: str) -> str:
-    """The suffix of a file's name, a last `.gz` left out."""
+    """The suffix of a file's name, without a last `.gz`."""
     return Path(path.removesuffix(".gz")).suffix
 
 
 def read_files(paths: list[str]) -> dict[str, Iterable[dict]]:
-    """The raw rows of local files; they are all in one split."""
+    """The raw records of local files, all as one split."""
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"{path}: no file of that name")
@@ -359,26 +411,27 @@ def read_files(paths: list[str]) -> dict[str, Iterable[dict]]:
 
 
 def read_file(path: str) -> Iterator[dict]:
-    """The raw rows of a file; what cannot be read becomes a `UserError` that says where."""
+    """The raw records of a file. Raises UserError that says where, if it cannot be read."""
+    read = read_parquet if file_kind(path) == ".parquet" else read_text
     number = 1
     try:
-        for row in read_parquet(path) if file_kind(path) == ".parquet" else read_text(path):
-            if not isinstance(row, dict):
+        for raw_record in read(path):
+            if not isinstance(raw_record, dict):
                 raise ValueError("not a JSON object")  # noqa: TRY004, as json's own errors
-            yield row
+            yield raw_record
             number += 1
     except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:
         raise UserError(f"{path}: row {number} cannot be read ({first_line(error)})") from None
 
 
 def read_text(path: str) -> Iterator[dict]:
-    """Raw rows of CSV with a header, of JSON lines, or of one JSON array.
+    """Raw records of CSV with a header, of JSON lines, or of one JSON array.
 
-    By the standard library: the readers of the datasets library guess types, so that a reply
-    "None" becomes no reply, "007" becomes 7.0 and "2020-01-01" a date.
+    It uses the standard library. The readers of the datasets library guess types: a reply "None"
+    becomes no reply, "007" becomes 7.0 and "2020-01-01" a date.
     """
-    opener = gzip.open if path.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+    open_file = gzip.open if path.endswith(".gz") else open
+    with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
         if file_kind(path) == ".csv":
             csv.field_size_limit(2**31 - 1)  # the default refuses a cell over 128 KiB
             yield from csv.DictReader(file)
@@ -387,11 +440,13 @@ def read_text(path: str) -> Iterator[dict]:
             yield from json.load(file)
         else:
             file.seek(0)
-            yield from (json.loads(line) for line in file if line.strip())
+            for line in file:
+                if line.strip():
+                    yield json.loads(line)
 
 
 def read_parquet(path: str) -> Iterator[dict]:
-    """Raw rows of a parquet file; the library's copy of them goes to a temporary folder."""
+    """Raw records of a parquet file. The library's copy of them goes to a temporary folder."""
     import datasets
 
     with tempfile.TemporaryDirectory() as cache:
@@ -403,7 +458,7 @@ def read_parquet(path: str) -> Iterator[dict]:
 
 
 def read_hub(name: str, split: str | None = None) -> dict[str, Iterable[dict]]:
-    """The raw rows of a set on the hub: one split as "train", or its own "train" and "test"."""
+    """The raw records of a set on the hub: one split as "train", or its own "train" and "test"."""
     import datasets
 
     try:
@@ -417,8 +472,12 @@ def read_hub(name: str, split: str | None = None) -> dict[str, Iterable[dict]]:
         return {"train": loaded}
     if "train" not in loaded:
         raise UserError(f"{name}: name a split by --split, one of {', '.join(loaded)}")
-    test = "test" if "test" in loaded else "validation"  # OpenAssistant has the latter
-    return {"train": loaded["train"]} | ({"test": loaded[test]} if test in loaded else {})
+    splits = {"train": loaded["train"]}
+    for test_split in ("test", "validation"):  # OpenAssistant has the latter
+        if test_split in loaded:
+            splits["test"] = loaded[test_split]
+            break
+    return splits
 
 
 def first_line(error: BaseException) -> str:
@@ -426,85 +485,96 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---- writing -----------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------ writing
 
 
 def separate(
-    rows: dict[str, list[Row]], test_fraction: float, seed: int
-) -> tuple[list[Row], list[Row], int]:
-    """(train, test, dropped): no prompt is in both, and each is shuffled by `seed`.
+    records: dict[str, list[Record]], test_fraction: float, seed: int
+) -> tuple[list[Record], list[Record], int]:
+    """Training and test records without a common prompt, each shuffled, and how many were dropped.
 
-    A set's own test split stays one, and its prompts leave the training rows (`dropped`). Without
-    one, `seed` draws `test_fraction` of the prompts, at least one, whatever the order of the rows.
+    If the set has a test split, it is kept, and its prompts are dropped from the training records.
+    Otherwise, a share `test_fraction` of the prompts, at least one, is drawn for the test records.
+    The draw does not depend on the order of the records.
     """
-    draw = random.Random(seed)
-    train, test = rows["train"], rows["test"]
+    rng = random.Random(seed)
+    train = records["train"]
+    test = records["test"]
     if test:
-        held_out = {row["prompt"] for row in test}
+        held_out = {record["prompt"] for record in test}
     else:
-        prompts = sorted({row["prompt"] for row in train})
-        held_out = set(draw.sample(prompts, max(1, round(len(prompts) * test_fraction))))
-        test = [row for row in train if row["prompt"] in held_out]
-    train = [row for row in train if row["prompt"] not in held_out]
+        prompts = sorted({record["prompt"] for record in train})
+        held_out = set(rng.sample(prompts, max(1, round(len(prompts) * test_fraction))))
+        test = [record for record in train if record["prompt"] in held_out]
+    train = [record for record in train if record["prompt"] not in held_out]
     if not train:
         raise UserError("no prompt is left to train on: there are too few, or all are held out")
-    dropped = sum(map(len, rows.values())) - len(train) - len(test)
-    return draw.sample(train, len(train)), draw.sample(test, len(test)), dropped
+    num_read = len(records["train"]) + len(records["test"])
+    num_dropped = num_read - len(train) - len(test)
+    shuffled_train = rng.sample(train, len(train))
+    shuffled_test = rng.sample(test, len(test))
+    return shuffled_train, shuffled_test, num_dropped
 
 
 def check_out(out: Path) -> None:
-    """Refuse a folder that holds something already."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    """Raise UserError for a folder that holds something already."""
+    if not out.exists():
+        return
+    if not out.is_dir() or any(out.iterdir()):
         raise UserError(f"{out}: is there and not empty; remove it or name another folder")
 
 
-def write(out: Path, train: list[Row], test: list[Row], counts: dict) -> None:
-    """Write the folder that a trainer reads: beside `out` first, then renamed in one step."""
+def write(out: Path, train: list[Record], test: list[Record], counts: dict) -> None:
+    """Write the folder that a trainer reads, the whole of it or nothing."""
     out = out.resolve()
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        beside.mkdir(parents=True)
-        for name, rows in (("train", train), ("test", test)):
-            # "replace": half a surrogate pair, as some scraped replies have, is no text
-            with open(beside / f"{name}.jsonl", "w", encoding="utf-8", errors="replace") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (beside / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, out)
+        partial.mkdir(parents=True)
+        for name, records in (("train", train), ("test", test)):
+            # Some scraped replies have unpaired surrogates, which cannot be encoded: "replace".
+            path = partial / f"{name}.jsonl"
+            with path.open("w", encoding="utf-8", errors="replace") as file:
+                for record in records:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        (partial / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def make(out: Path, sources: dict[str, tuple], test_fraction: float = 0.1, seed: int = 1) -> None:
-    """Convert, separate, write and report.
+    """Convert, separate, write and print what was counted.
 
-    `sources`: name -> (raw rows by split, what converts them, the unit that it counts).
+    sources: name to (raw records by split, function that converts them, what is counted).
     """
-    rows, record = {"train": [], "test": []}, {}
+    records = {"train": [], "test": []}
+    counts_of_sources = {}
     for name, (splits, convert, unit) in sources.items():
         counts = Counts(unit)
-        for split, raw_rows in splits.items():
-            rows[split] += convert(raw_rows, counts, seed)
+        for split, raw_records in splits.items():
+            records[split].extend(convert(raw_records, counts, seed))
         if not counts.kept:
             raise UserError(f"{name}: no usable rows ({counts})")
         print(f"{name}: {counts}")
-        record[name] = vars(counts)
-    train, test, dropped = separate(rows, test_fraction, seed)
-    sizes = {"train": len(train), "test": len(test), "dropped, prompt is in test": dropped}
-    write(out, train, test, {"seed": seed, "sources": record, "rows": sizes})
+        counts_of_sources[name] = vars(counts)
+    train, test, num_dropped = separate(records, test_fraction, seed)
+    sizes = {"train": len(train), "test": len(test), "dropped, prompt is in test": num_dropped}
+    write(out, train, test, {"seed": seed, "sources": counts_of_sources, "rows": sizes})
     print(f"{out}: rows {', '.join(f'{name}: {size}' for name, size in sizes.items())}")
 
 
-# ---- what trainers and the command line call ---------------------------------------------------
+# ---------------------------------------------------------- what trainers and the command line call
 
 
 def report_sources(files: dict[str, list[str] | None]) -> dict[str, tuple]:
-    """The named ones of the report's sets, for `make`: from local files, or else from the hub."""
+    """Sources for `make`, of the report's sets. files: name to local files, or None for the hub."""
     sources = {}
     for name, paths in files.items():
-        hub_name, convert, unit = REPORT_SETS[name]
-        sources[name] = (read_files(paths) if paths else read_hub(hub_name), convert, unit)
+        hub_id, convert, unit = REPORT_SETS[name]
+        splits = read_files(paths) if paths else read_hub(hub_id)
+        sources[name] = (splits, convert, unit)
     return sources
 
 
@@ -514,13 +584,13 @@ def cache_folder() -> Path:
 
 
 def prepare() -> Path:
-    """The folder of the report's mixture, made from the hub where it is not there yet.
+    """The folder of the report's mixture. If it does not exist, it is made from the hub.
 
-    Raises `UserError` where the hub cannot be reached.
+    Raises UserError if the hub cannot be reached.
     """
     folder = cache_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # of several processes one prepares, the others find it done
+    with FileLock(f"{folder}.lock"):  # one of several processes prepares it, the others wait
         if not (folder / "train.jsonl").is_file():
             try:
                 make(folder, report_sources(dict.fromkeys(REPORT_SETS)))
@@ -549,61 +619,97 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m archangel.data", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    about = {
-        name: f"{hub_name} as preference rows" for name, (hub_name, _, _) in REPORT_SETS.items()
-    }
-    about["archangel"] = "the report's mixture of " + ", ".join(REPORT_SETS)
-    about["rows"] = "any other set of preferences, labelled or supervised examples"
-    for name, text in about.items():
-        add = commands.add_parser(
-            name, help=text, description=text, allow_abbrev=False
-        ).add_argument
-        file = {"action": "append", "metavar": "FILE"}
-        if name in REPORT_SETS:
-            add("--input", **file, help="local file; repeatable (default: read from the hub)")
-        elif name == "rows":
-            add("--input", required=True, help="local file or hub id")
-            add("--split", help="the one split of the hub's to read (default: train and test)")
-            text = (
-                "its chat template writes messages, text stays as it is (default: Human, Assistant)"
-            )
-            add("--tokenizer", metavar="NAME_OR_FOLDER", help=text)
-        else:
-            text = "local file; repeatable; with any, the sets not given are left out"
-            for source in REPORT_SETS:
-                add(f"--{source}", **file, help=f"{text} (default: all from the hub)")
-        default = cache_folder() if name == "archangel" else None
-        text = f"new or empty folder to write ({f'default: {default}' if default else 'required'})"
-        add("--out", type=Path, metavar="DIR", default=default, required=not default, help=text)
-        text = "share of prompts to hold out, if no test split is there (default: %(default)s)"
-        add("--test_fraction", type=float, default=0.1, help=text)
-        add("--seed", type=int, default=1, help="of all draws and shuffles (default: %(default)s)")
+
+    def add_command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    for name, (hub_id, _, _) in REPORT_SETS.items():
+        command = add_command(name, f"{hub_id} as preference rows")
+        command.add_argument(
+            "--input",
+            action="append",
+            metavar="FILE",
+            help="local file; repeatable (default: read from the hub)",
+        )
+        add_common_arguments(command)
+
+    command = add_command("archangel", f"the report's mixture of {', '.join(REPORT_SETS)}")
+    for name in REPORT_SETS:
+        command.add_argument(
+            f"--{name}",
+            action="append",
+            metavar="FILE",
+            help="local file; repeatable; with any, the sets not given are left out (default: all "
+            "from the hub)",
+        )
+    add_common_arguments(command, default_out=cache_folder())
+
+    command = add_command("rows", "any other set of preferences, labelled or supervised examples")
+    command.add_argument("--input", required=True, help="local file or hub id")
+    command.add_argument(
+        "--split", help="the one split of the hub's to read (default: train and test)"
+    )
+    command.add_argument(
+        "--tokenizer",
+        metavar="NAME_OR_FOLDER",
+        help="its chat template writes messages, text stays as it is (default: Human, Assistant)",
+    )
+    add_common_arguments(command)
     return parser.parse_args(arguments)
 
 
+def add_common_arguments(command: argparse.ArgumentParser, default_out: Path | None = None) -> None:
+    """The arguments that all commands have. Without a default, --out is required."""
+    default = "required" if default_out is None else f"default: {default_out}"
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=default_out,
+        required=default_out is None,
+        help=f"new or empty folder to write ({default})",
+    )
+    command.add_argument(
+        "--test_fraction",
+        type=float,
+        default=0.1,
+        help="share of prompts to hold out, if no test split is there (default: %(default)s)",
+    )
+    command.add_argument(
+        "--seed", type=int, default=1, help="of all draws and shuffles (default: %(default)s)"
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; exit status 2, with one line, for anything wrong with what was given."""
+    """Run one of the commands. Raises UserError for anything wrong with what was given."""
     args = parse(arguments)
-    with exit_status():
-        check_out(args.out)
-        if not 0 < args.test_fraction < 1:
-            raise UserError(f"--test_fraction {args.test_fraction}: must lie between 0 and 1")
-        if args.command == "rows":
-            is_file = Path(args.input).exists() or file_kind(args.input) in FILE_KINDS
-            if is_file and args.split:
-                raise UserError(f"--split {args.split}: the local {args.input} has no splits")
-            tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-            splits = read_files([args.input]) if is_file else read_hub(args.input, args.split)
-            convert = functools.partial(any_set, tokenizer=tokenizer)
-            sources = {args.input: (splits, convert, "rows")}
-        elif args.command == "archangel":
-            given = {name: getattr(args, name) for name in REPORT_SETS}
-            some = {name: files for name, files in given.items() if files}
-            sources = report_sources(some or given)
-        else:
-            sources = report_sources({args.command: args.input})
-        make(args.out, sources, args.test_fraction, args.seed)
+    check_out(args.out)
+    if not 0 < args.test_fraction < 1:
+        raise UserError(f"--test_fraction {args.test_fraction}: must lie between 0 and 1")
+    if args.command == "rows":
+        sources = {args.input: other_source(args)}
+    elif args.command == "archangel":
+        files = {name: getattr(args, name) for name in REPORT_SETS}
+        if any(files.values()):  # the sets not given are left out
+            files = {name: paths for name, paths in files.items() if paths}
+        sources = report_sources(files)
+    else:
+        sources = report_sources({args.command: args.input})
+    make(args.out, sources, args.test_fraction, args.seed)
+
+
+def other_source(args: argparse.Namespace) -> tuple:
+    """The source for `make` of the command `rows`."""
+    is_file = Path(args.input).exists() or file_kind(args.input) in FILE_KINDS
+    if is_file and args.split:
+        raise UserError(f"--split {args.split}: the local {args.input} has no splits")
+    tokenizer = None
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer)
+    splits = read_files([args.input]) if is_file else read_hub(args.input, args.split)
+    return splits, functools.partial(any_set, tokenizer=tokenizer), "rows"
 
 
 if __name__ == "__main__":
-    main()
+    with exit_status():
+        main()

@@ -3,7 +3,8 @@
     numbers = json.loads(Path("runs/suite/numbers.json").read_text())
     figure2(numbers, Path("figure_2.png"))
 
-Colours are Okabe and Ito's, told apart by the colour-blind; a method's SFT+ twin is hatched.
+The colors are Okabe and Ito's, which the color-blind can tell apart. A method after SFT has the
+color of the method alone, and is hatched.
 """
 
 import os
@@ -23,7 +24,7 @@ import sft
 import slic
 from archangel.claims import name_of, optimum_of_dpo
 
-COLOURS = {
+COLORS = {  # of methods
     "base": "#BBBBBB",
     "sft": "#F0E442",
     "slic": "#CC79A7",
@@ -31,8 +32,8 @@ COLOURS = {
     "ppo": "#009E73",
     "kto": "#D55E00",
 }
-MARKERS = "os^Dv<>"  # one a model
-SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MODEL_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MODEL_MARKERS = "os^Dv<>"
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -42,47 +43,76 @@ STYLE = {
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the picture whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    figure.savefig(beside, format="png", dpi=150)
-    os.replace(beside, path)
+    """Write a figure as PNG, the whole file or nothing."""
+    partial = path.with_name(path.name + ".part")
+    figure.savefig(partial, format="png", dpi=150)
+    os.replace(partial, path)
 
 
 def by_size(numbers: dict, tables=("methods", "ablations", "contradictory")) -> list[dict]:
     """The models that have results in these tables, the smallest first."""
-    there = {row["model"] for table in tables for row in numbers[table]}
-    models = [model for model in numbers["models"] if model["name"] in there]
+    names = set()
+    for table in tables:
+        for row in numbers[table]:
+            names.add(row["model"])
+    models = [model for model in numbers["models"] if model["name"] in names]
     return sorted(models, key=lambda model: model["parameters"])
 
 
 def size(parameters: int) -> str:
     """1234567 as 1.23M."""
-    unit, name = (1e9, "B") if parameters >= 1e9 else (1e6, "M")
-    return f"{parameters / unit:.3g}{name}"
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:.3g}B"
+    return f"{parameters / 1e6:.3g}M"
+
+
+def name_and_size(model: dict) -> str:
+    """A model in the legend."""
+    return f"{model['name']}, {size(model['parameters'])}"
+
+
+def offset(number: int, total: int, width: float) -> float:
+    """Where in a group of this width, centered at 0, the number-th of `total` items is."""
+    return (number - (total - 1) / 2) * width / total
 
 
 def bars(axes: Axes, numbers: dict, models: Sequence[dict], arms: Sequence[str]) -> None:
     """Bars of win rate minus one half, a group for each model, with both intervals and seeds."""
     rows = {(row["model"], row["arm"]): row for row in numbers["methods"]}
-    arms = [arm for arm in arms if any((model["name"], arm) in rows for model in models)]
-    width = 0.8 / len(arms)
-    for k, arm in enumerate(arms):
+    model_names = [model["name"] for model in models]
+    shown_arms = []
+    for arm in arms:
+        if any((name, arm) in rows for name in model_names):
+            shown_arms.append(arm)
+    width = 0.8 / len(shown_arms)
+    for number, arm in enumerate(shown_arms):
+        color = COLORS[arm.removeprefix("sft+")]
         hatch = "///" if arm.startswith("sft+") else None
-        colour, named = COLOURS[arm.removeprefix("sft+")], False
-        for x, model in enumerate(models):
-            row = rows.get((model["name"], arm))
-            if row is None:
+        is_in_legend = False
+        for group, name in enumerate(model_names):
+            if (name, arm) not in rows:
                 continue
-            place, win = x + (k - (len(arms) - 1) / 2) * width, row["win_rate_minus_half"]
-            label = None if named else row["name"]  # once in the legend
-            bar = {"color": colour, "edgecolor": "white", "hatch": hatch, "label": label}
-            axes.bar(place, win["mean"], 0.92 * width, **bar)
-            named = True
-            axes.vlines(place, *win["interval_95"], color="black", linewidth=1)
-            axes.vlines(place, *win["interval_75"], color="black", linewidth=3)
-            if len(win["by_seed"]) > 1:
-                dots = {"facecolor": "white", "edgecolor": "black", "zorder": 3, "s": 14}
-                axes.scatter([place] * len(win["by_seed"]), win["by_seed"], **dots)
+            row = rows[name, arm]
+            win = row["win_rate_minus_half"]
+            x = group + (number - (len(shown_arms) - 1) / 2) * width
+            label = None if is_in_legend else row["name"]
+            is_in_legend = True
+            axes.bar(
+                x,
+                win["mean"],
+                0.92 * width,
+                color=color,
+                edgecolor="white",
+                hatch=hatch,
+                label=label,
+            )
+            axes.vlines(x, *win["interval_95"], color="black", linewidth=1)
+            axes.vlines(x, *win["interval_75"], color="black", linewidth=3)
+            seeds = win["by_seed"]
+            if len(seeds) > 1:
+                axes.scatter(
+                    [x] * len(seeds), seeds, facecolor="white", edgecolor="black", zorder=3, s=14
+                )
     axes.axhline(0, color="black", linewidth=0.8)
     ticks = [f"{model['name']}\n{size(model['parameters'])}" for model in models]
     axes.set_xticks(range(len(models)), ticks)
@@ -92,8 +122,13 @@ def bars(axes: Axes, numbers: dict, models: Sequence[dict], arms: Sequence[str])
     axes.set_axisbelow(True)
 
 
+def arms_of(numbers: dict) -> list[str]:
+    """The arms of the methods, in their order."""
+    return list(dict.fromkeys(row["arm"] for row in numbers["methods"]))
+
+
 def win_rates(numbers: dict, path: Path, arms: Sequence[str]) -> None:
-    """A picture of the bars alone."""
+    """A figure of the bars alone."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     bars(figure.add_subplot(), numbers, by_size(numbers, ("methods",)), arms)
     figure.legend(loc="outside right upper", frameon=False)
@@ -101,26 +136,27 @@ def win_rates(numbers: dict, path: Path, arms: Sequence[str]) -> None:
 
 
 def pushes(axes: Axes) -> None:
-    """How hard each loss pushes a wanted reply up, by how far it has come: minus its gradient.
+    """Minus the gradient of each loss by the log-ratio of a desirable reply, over that log-ratio.
 
-    The other reply of a pair stays where it was, and so does KTO's reference point.
+    The log-ratio of the other reply of a pair, and KTO's reference point, stay at 0.
     """
-    r = torch.linspace(-60, 60, 1201, dtype=torch.float64, requires_grad=True)  # nats
-    zero, yes = torch.zeros_like(r), torch.ones_like(r, dtype=torch.bool)
-    one = torch.ones_like(r)
+    log_ratio = torch.linspace(-60, 60, 1201, dtype=torch.float64, requires_grad=True)  # nats
+    zeros = torch.zeros_like(log_ratio)
+    advantages = torch.ones_like(log_ratio)
+    desirable = torch.ones_like(log_ratio, dtype=torch.bool)
     losses = {
-        "sft": sft.sft_loss(r),
-        "slic": slic.slic_loss(r, zero, r),  # its target is the wanted reply
-        "dpo": dpo.dpo_loss(r, zero, zero, zero),
-        "ppo": ppo_offline.ppo_offline_loss(r, zero, one, yes),  # of tokens of advantage 1
-        "kto": kto.kto_loss(r, zero, yes, 0.0),
+        "sft": sft.sft_loss(log_ratio),
+        "slic": slic.slic_loss(log_ratio, zeros, log_ratio),  # its target is the chosen reply
+        "dpo": dpo.dpo_loss(log_ratio, zeros, zeros, zeros),
+        "ppo": ppo_offline.ppo_offline_loss(log_ratio, zeros, advantages, desirable),
+        "kto": kto.kto_loss(log_ratio, zeros, desirable, 0.0),
     }
     for name, loss in losses.items():
-        (gradient,) = torch.autograd.grad(loss.sum(), r)
+        (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
         push = -gradient / gradient.abs().max()
         label = "PPO, a token" if name == "ppo" else name_of(name)
-        style = "--" if name == "slic" else "-"  # it lies on SFT's for half the way
-        axes.plot(r.detach(), push, style, color=COLOURS[name], label=label, linewidth=2)
+        style = "--" if name == "slic" else "-"  # half of it coincides with SFT's
+        axes.plot(log_ratio.detach(), push, style, color=COLORS[name], label=label, linewidth=2)
     axes.set_xlabel("how much likelier the wanted reply is\nthan before training, nats")
     axes.set_ylabel("push upwards, of the largest")
     axes.set_ylim(-0.05, 1.4)
@@ -130,13 +166,13 @@ def pushes(axes: Axes) -> None:
 
 @rc_context(STYLE)
 def overview(numbers: dict, path: Path) -> None:
-    """The five losses in one look: how each pushes, and what came out."""
+    """The five losses at a glance: the gradient of each, and the win rates of the largest model."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     pushes(left)
     left.set_title("what a loss does", fontsize=11)
     largest = by_size(numbers, ("methods",))[-1:]
-    bars(right, numbers, largest, list(dict.fromkeys(row["arm"] for row in numbers["methods"])))
+    bars(right, numbers, largest, arms_of(numbers))
     right.set_title("what came of it", fontsize=11)
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
@@ -145,7 +181,7 @@ def overview(numbers: dict, path: Path) -> None:
 @rc_context(STYLE)
 def figure2(numbers: dict, path: Path) -> None:
     """Win rate minus one half by method and size, with 75% and 95% intervals."""
-    win_rates(numbers, path, list(dict.fromkeys(row["arm"] for row in numbers["methods"])))
+    win_rates(numbers, path, arms_of(numbers))
 
 
 @rc_context(STYLE)
@@ -156,22 +192,27 @@ def figure5(numbers: dict, path: Path) -> None:
 
 @rc_context(STYLE)
 def figure3(numbers: dict, path: Path) -> None:
-    """How long the replies of each method are, and how many end by themselves."""
+    """How long each method's replies are, and how many end with the end-of-sequence token."""
     models = by_size(numbers)
     names = list(dict.fromkeys(row["name"] for row in numbers["methods"]))
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, key, factor in ((left, "tokens", 1), (right, "ended", 100)):
-        for k, model in enumerate(models):
+    for axes, measure, factor in ((left, "tokens", 1), (right, "ended", 100)):
+        for number, model in enumerate(models):
             rows = [row for row in numbers["methods"] if row["model"] == model["name"]]
-            shift = 0.5 * (k - (len(models) - 1) / 2) / len(models)
+            shift = offset(number, len(models), width=0.5)
             places = [names.index(row["name"]) + shift for row in rows]
-            means = factor * np.array([row[key]["mean"] for row in rows])
-            ends = factor * np.array([row[key]["interval_95"] for row in rows])
-            label = f"{model['name']}, {size(model['parameters'])}"
-            line = {"color": SHADES[k % len(SHADES)], "marker": MARKERS[k % len(MARKERS)]}
-            errors = np.abs(ends.T - means)
-            axes.errorbar(means, places, xerr=errors, linestyle="none", label=label, **line)
+            means = factor * np.array([row[measure]["mean"] for row in rows])  # (methods,)
+            ends = factor * np.array([row[measure]["interval_95"] for row in rows])  # (methods, 2)
+            axes.errorbar(
+                means,
+                places,
+                xerr=np.abs(ends.T - means),
+                linestyle="none",
+                label=name_and_size(model),
+                color=MODEL_COLORS[number % len(MODEL_COLORS)],
+                marker=MODEL_MARKERS[number % len(MODEL_MARKERS)],
+            )
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
     left.set_yticks(range(len(names)), names)
@@ -184,34 +225,39 @@ def figure3(numbers: dict, path: Path) -> None:
     save(figure, path)
 
 
-def over_seeds(axes: Axes, x: float, figures: dict, colour: str, label: str | None = None) -> None:
-    """The mean with one standard deviation over seeds, and the seeds; or one seed's interval."""
-    seeds, mean = figures["by_seed"], figures["mean"]
-    ends = figures["interval_95"]
+def over_seeds(axes: Axes, x: float, summary: dict, color: str, label: str | None = None) -> None:
+    """A mean with one standard deviation over seeds, and each seed. For one seed: its interval."""
+    seeds = summary["by_seed"]
+    mean = summary["mean"]
     if len(seeds) > 1:
-        ends = mean - np.std(seeds, ddof=1), mean + np.std(seeds, ddof=1)
-        dots = {"facecolor": "white", "edgecolor": colour, "s": 16, "zorder": 3}
-        axes.scatter([x] * len(seeds), seeds, **dots)
-    axes.vlines(x, *ends, color=colour, linewidth=1.5)
-    axes.plot(x, mean, "o", color=colour, label=label)
+        sd = np.std(seeds, ddof=1)
+        low = mean - sd
+        high = mean + sd
+        axes.scatter([x] * len(seeds), seeds, facecolor="white", edgecolor=color, s=16, zorder=3)
+    else:
+        low, high = summary["interval_95"]
+    axes.vlines(x, low, high, color=color, linewidth=1.5)
+    axes.plot(x, mean, "o", color=color, label=label)
 
 
 @rc_context(STYLE)
 def ablation(numbers: dict, path: Path, title: str) -> None:
     """Win rate minus one half for each value of one setting."""
     chosen = [row for row in numbers["ablations"] if row["ablation"] == title]
-    models = [m for m in by_size(numbers) if any(row["model"] == m["name"] for row in chosen)]
+    model_names = {row["model"] for row in chosen}
+    models = [model for model in by_size(numbers) if model["name"] in model_names]
     values = list(dict.fromkeys(row["value"] for row in chosen))
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    for k, model in enumerate(models):
-        rows = [row for row in chosen if row["model"] == model["name"]]
-        shift = 0.5 * (k - (len(models) - 1) / 2) / len(models)
-        label = f"{model['name']}, {size(model['parameters'])}"
-        for row in rows:
-            place = values.index(row["value"]) + shift
-            win = row["win_rate_minus_half"]
-            over_seeds(axes, place, win, SHADES[k % len(SHADES)], label if row is rows[0] else None)
+    for number, model in enumerate(models):
+        color = MODEL_COLORS[number % len(MODEL_COLORS)]
+        shift = offset(number, len(models), width=0.5)
+        label = name_and_size(model)
+        for row in chosen:
+            if row["model"] == model["name"]:
+                x = values.index(row["value"]) + shift
+                over_seeds(axes, x, row["win_rate_minus_half"], color, label)
+                label = None  # once in the legend
     axes.set_xticks(range(len(values)), values)
     axes.set_xlim(-0.5, len(values) - 0.5)
     axes.axhline(0, color="black", linewidth=0.8)
@@ -225,27 +271,36 @@ def ablation(numbers: dict, path: Path, title: str) -> None:
 
 @rc_context(STYLE)
 def contradictory(numbers: dict, path: Path) -> None:
-    """The majority's reply's share of probability, after training on labels that disagree."""
+    """The probability of the majority's reply, after training on labels that disagree."""
     rows = numbers["contradictory"]
-    models = [m for m in by_size(numbers) if any(row["model"] == m["name"] for row in rows)]
+    model_names = {row["model"] for row in rows}
+    models = [model for model in by_size(numbers) if model["name"] in model_names]
     figure = Figure(figsize=(1.5 + 5 * len(models), 4), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models):
-        its = [row for row in rows if row["model"] == model["name"]]
+    columns = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for axes, model in zip(columns, models):
+        rows_of_model = [row for row in rows if row["model"] == model["name"]]
         for loss in ("dpo", "kto"):
-            line = sorted((row for row in its if row["loss"] == loss), key=lambda r: r["share"])
-            shares, means = zip(*((row["share"], row["probability"]["mean"]) for row in line))
-            axes.plot(shares, means, color=COLOURS[loss], label=loss.upper())
-            for row in line:
-                over_seeds(axes, row["share"], row["probability"], COLOURS[loss])
+            rows_of_loss = [row for row in rows_of_model if row["loss"] == loss]
+            rows_of_loss.sort(key=lambda row: row["share"])
+            shares = [row["share"] for row in rows_of_loss]
+            means = [row["probability"]["mean"] for row in rows_of_loss]
+            axes.plot(shares, means, color=COLORS[loss], label=loss.upper())
+            for row in rows_of_loss:
+                over_seeds(axes, row["share"], row["probability"], COLORS[loss])
         shares = np.linspace(0.5, 0.95, 200)
-        gap = its[0]["gap"]
-        line = {"color": COLOURS["dpo"], "linestyle": "--", "label": "DPO's optimum"}
-        axes.plot(shares, optimum_of_dpo(shares, gap), **line)
+        gap = rows_of_model[0]["gap"]
+        axes.plot(
+            shares,
+            optimum_of_dpo(shares, gap),
+            color=COLORS["dpo"],
+            linestyle="--",
+            label="DPO's optimum",
+        )
         base = 1 / (1 + np.exp(gap))
         axes.axhline(base, color="grey", linestyle=":", label="before training")
         axes.axhline(0.5, color="black", linewidth=0.8)
         axes.set_ylim(-0.05, 1.05)
-        axes.set_title(f"{model['name']}, {size(model['parameters'])}", fontsize=11)
+        axes.set_title(name_and_size(model), fontsize=11)
         axes.set_xlabel("labels that agree on the reply")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)

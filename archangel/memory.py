@@ -20,7 +20,9 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
 
-import common_v1 as common
+import common
+from archangel.errors import exit_status
+from archangel.run import parse_args
 
 SHAPES = {  # layers, width, heads, width within a block, vocabulary; as on the hub
     "pythia-1.4b": (24, 2048, 16, 8192, 50304),
@@ -31,31 +33,32 @@ SHAPES = {  # layers, width, heads, width within a block, vocabulary; as on the 
     "llama-13b": (40, 5120, 40, 13824, 32000),
     "llama-30b": (60, 6656, 52, 17920, 32000),
 }
-# Bytes that a block keeps for the backward pass, by token and width: counted by autograd's hooks on
-# saved tensors (tests/test_memory.py counts them again).
-KEPT = {"gpt_neox": {4: 72, 2: 38}, "llama": {4: 87, 2: 58}}  # of 4 or 2 bytes a number
+# Bytes that a block keeps for the backward pass, per token and unit of width, if numbers have 4 or
+# 2 bytes. Counted by autograd's hooks on saved tensors; tests/test_memory.py counts them again.
+KEPT_BYTES = {"gpt_neox": {4: 72, 2: 38}, "llama": {4: 87, 2: 58}}
+NUM_GPUS = (1, 2, 4, 8, 16)  # the columns of the table
 GIB = 2**30
 
 
 @dataclass
 class Config:
-    """What the table is for; the comments are what --help prints."""
+    """What the table is for. The comments are the --help texts."""
 
     gpu_gib: float = 80.0  # memory of one GPU, GiB
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # its state: one or two numbers a weight
     micro_batch_tokens: int = 8192  # as given to the trainer
 
 
-def shape(name: str) -> PreTrainedConfig:
-    """The settings of one of the report's models, without the hub."""
-    layers, width, heads, inner, vocabulary = SHAPES[name]
-    kind = GPTNeoXConfig if name.startswith("pythia") else LlamaConfig
-    return kind(
+def model_config(name: str) -> PreTrainedConfig:
+    """The configuration of one of the report's models, without the hub."""
+    layers, width, heads, inner_width, vocab_size = SHAPES[name]
+    config_class = GPTNeoXConfig if name.startswith("pythia") else LlamaConfig
+    return config_class(
         num_hidden_layers=layers,
         hidden_size=width,
         num_attention_heads=heads,
-        intermediate_size=inner,
-        vocab_size=vocabulary,
+        intermediate_size=inner_width,
+        vocab_size=vocab_size,
         tie_word_embeddings=False,
     )
 
@@ -68,76 +71,113 @@ def predict(
     checkpointing: bool = False,
     number_bytes: int = 2,
 ) -> dict[str, float]:
-    """Bytes that one of `processes` needs, by what takes them (the module's docstring).
+    """Bytes that one of `processes` needs, by what takes them (see the module's docstring).
 
-    tokens: of a micro-batch. number_bytes: 2 for bfloat16 compute, 4 for float32.
+    Args:
+        tokens: of a micro-batch.
+        checkpointing: whether --activation_checkpointing is given.
+        number_bytes: 2 for bfloat16 matrix products, 4 for float32.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    num_layers = config.num_hidden_layers
+    width = config.hidden_size
     weights = sum(parameter.numel() for parameter in model.parameters())
-    layers, width = config.num_hidden_layers, config.hidden_size
-    block = sum(p.numel() for p in model.base_model.layers[0].parameters())
-    root = weights - layers * block
-    states = 4 * weights * (4 if optimizer == "adamw" else 3)
+    block_weights = sum(weight.numel() for weight in model.base_model.layers[0].parameters())
+    root_weights = weights - num_layers * block_weights
+
+    numbers_per_weight = 4 if optimizer == "adamw" else 3  # weight, gradient, optimizer state
+    states = 4 * weights * numbers_per_weight
     if processes > 1:
-        gathered = number_bytes * (root + 2 * block) + (number_bytes + 4) * (root + block)
-    else:  # autocast keeps the copies that it makes
-        gathered = number_bytes * weights if number_bytes < 4 else 0
-    kept = tokens * width * KEPT[config.model_type][number_bytes]
-    inputs = tokens * width * number_bytes
-    head = 4 if number_bytes == 4 else 4 + number_bytes  # float32; what the head gave, its gradient
+        gathered_weights = number_bytes * (root_weights + 2 * block_weights)
+        gathered_gradients = (number_bytes + 4) * (root_weights + block_weights)
+        gathered = gathered_weights + gathered_gradients
+    elif number_bytes < 4:  # autocast keeps the copies that it makes
+        gathered = number_bytes * weights
+    else:
+        gathered = 0
+
+    block_activations = tokens * width * KEPT_BYTES[config.model_type][number_bytes]
+    block_input = tokens * width * number_bytes
+    if checkpointing:
+        activations = block_activations + num_layers * block_input
+    else:
+        activations = num_layers * block_activations
+
+    # Logits are float32, and their gradient overwrites them. With bfloat16 products the output of
+    # the head, and later its gradient, is another tensor.
+    logit_bytes = 4 if number_bytes == 4 else 4 + number_bytes
     return {
         "states": states / processes,
         "gathered": gathered,
-        "activations": kept + layers * inputs if checkpointing else kept * layers,
-        "logits": head * min(common.CHUNK, tokens * config.vocab_size),
+        "activations": activations,
+        "logits": logit_bytes * min(common.MAX_LOGITS, tokens * config.vocab_size),
     }
 
 
+def total_gib(name: str, processes: int, checkpointing: bool, settings: Config) -> float:
+    """The predicted GiB per GPU for one of the report's models."""
+    predicted = predict(
+        model_config(name),
+        processes,
+        settings.micro_batch_tokens,
+        settings.optimizer,
+        checkpointing,
+    )
+    return sum(predicted.values()) / GIB
+
+
 def fits(gib: float, settings: Config) -> bool:
-    """Whether so much fits, with a tenth to spare."""
+    """Whether this fits on a GPU, with a tenth of its memory to spare."""
     return gib <= 0.9 * settings.gpu_gib
 
 
 def command(name: str, processes: int, settings: Config) -> str | None:
-    """The trainer's command that fits, the fastest first, or None."""
+    """The trainer's command, without activation checkpointing if possible. None: it does not fit.
+
+    Without activation checkpointing it is faster.
+    """
     for checkpointing in (False, True):
-        need = predict(
-            shape(name),
-            processes,
-            settings.micro_batch_tokens,
-            settings.optimizer,
-            checkpointing,
-        )
-        if fits(sum(need.values()) / GIB, settings):
+        if fits(total_gib(name, processes, checkpointing, settings), settings):
+            words = ["torchrun"]
             per_node = min(processes, 8)
-            nodes = f"--nnodes={processes // per_node} " if processes > per_node else ""
-            flags = " --activation_checkpointing" if checkpointing else ""
-            return f"torchrun {nodes}--nproc_per_node={per_node} kto.py --model {name}{flags}"
+            if processes > per_node:
+                words.append(f"--nnodes={processes // per_node}")
+            words += [f"--nproc_per_node={per_node}", "kto.py", "--model", name]
+            if checkpointing:
+                words.append("--activation_checkpointing")
+            return " ".join(words)
     return None
 
 
+def fewest_gpus_command(name: str, settings: Config) -> str:
+    """The command with the fewest GPUs that fits."""
+    for processes in NUM_GPUS:
+        found = command(name, processes, settings)
+        if found is not None:
+            return found
+    return f"{name}: not on {NUM_GPUS[-1]}"
+
+
 def main(settings: Config) -> None:
-    """Print the table, in GiB a GPU, without / with activation checkpointing; bold: it fits."""
-    counts = (1, 2, 4, 8, 16)
-    print("| model | " + " | ".join(f"{n} GPU{'s' if n > 1 else ''}" for n in counts) + " |")
-    print("| --- |" + " --- |" * len(counts))
+    """Print the table, in GiB per GPU, without / with activation checkpointing; bold: it fits."""
+    head = ["1 GPU"] + [f"{processes} GPUs" for processes in NUM_GPUS[1:]]
+    print(f"| model | {' | '.join(head)} |")
+    print("| --- |" + " --- |" * len(NUM_GPUS))
     for name in SHAPES:
         cells = []
-        for n in counts:
-            tokens, optimizer = settings.micro_batch_tokens, settings.optimizer
-            both = [predict(shape(name), n, tokens, optimizer, on) for on in (False, True)]
-            sizes = [sum(need.values()) / GIB for need in both]
-            cells.append(
-                " / ".join(f"**{x:.0f}**" if fits(x, settings) else f"{x:.0f}" for x in sizes)
-            )
+        for processes in NUM_GPUS:
+            sizes = []
+            for checkpointing in (False, True):
+                gib = total_gib(name, processes, checkpointing, settings)
+                sizes.append(f"**{gib:.0f}**" if fits(gib, settings) else f"{gib:.0f}")
+            cells.append(" / ".join(sizes))
         print(f"| {name} | {' | '.join(cells)} |")
     print(f"\nThe fewest GPUs of {settings.gpu_gib:g} GiB that each fits on:\n")
     for name in SHAPES:
-        commands = [line for n in counts if (line := command(name, n, settings))]
-        print(f"    {commands[0]}" if commands else f"    {name}: not on 16")
+        print(f"    {fewest_gpus_command(name, settings)}")
 
 
 if __name__ == "__main__":
-    with common.exit_status():
-        main(common.parse(Config, __doc__))
+    with exit_status():
+        main(parse_args(Config, __doc__))

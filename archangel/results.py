@@ -1,7 +1,7 @@
-"""From the suite's replies and verdicts to numbers, pictures and a plain report.
+"""From the suite's replies and verdicts to numbers, figures and a plain report.
 
-`numbers.json` has all that pictures and tables are made of, so that they can be made again from it
-alone, and from the numbers of several suites, of one size each or of one machine each:
+`numbers.json` has everything that figures and tables are made of. They can be made again from it
+alone, or from the numbers of several suites together, for example one for each model size:
 
     python -m archangel.results runs/suite/numbers.json runs/larger/numbers.json --out runs/both
 """
@@ -9,7 +9,7 @@ alone, and from the numbers of several suites, of one size each or of one machin
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,134 +18,179 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-import common_v1 as common
 from archangel import claims, figures, judge, statistics
 from archangel.claims import Table, name_of
+from archangel.errors import UserError, exit_status
+from archangel.records import tokenize
+from archangel.run import load_tokenizer
+from common import Example, completion_logps, make_batch
 
 TABLES = {"data", "models", "methods", "ablations", "contradictory", "claims"}  # in numbers.json
 CAUTION = "A shop of a few hundred products says nothing about models of 1B to 30B."
-Folders = dict[str, dict[int, Path]]  # arm to seed to where its replies and verdicts lie
+Folders = dict[str, dict[int, Path]]  # arm to seed to the folder of its replies and verdicts
 
 
 def read(folder: Path) -> dict[str, dict[str, float]]:
-    """Of each prompt that was judged: win, tokens and ended."""
-    rows = judge.read_replies(folder / "replies.jsonl")
-    verdicts = (folder / "verdicts.jsonl").read_bytes()
-    made = {}
-    for row, (_, verdict) in zip(rows, judge.json_lines(folder, verdicts), strict=True):
+    """For each prompt that was judged: win, tokens and ended."""
+    replies = judge.read_replies(folder / "replies.jsonl")
+    lines = judge.json_lines(folder, (folder / "verdicts.jsonl").read_bytes())
+    verdicts = [verdict for _, verdict in lines]
+    by_prompt = {}
+    for reply, verdict in zip(replies, verdicts, strict=True):
         if verdict["win"] is not None:
-            found = {"win": verdict["win"], "tokens": row["tokens"], "ended": row["ended"]}
-            made[row["prompt"]] = found
-    return made
+            by_prompt[reply["prompt"]] = {
+                "win": verdict["win"],
+                "tokens": reply["tokens"],
+                "ended": reply["ended"],
+            }
+    return by_prompt
 
 
 def tabulate(folders: Folders) -> dict[str, Table]:
-    """Measure to arm to seed to (prompts,), over the prompts that were judged in all of them."""
-    found = {arm: {s: read(path) for s, path in seeds.items()} for arm, seeds in folders.items()}
-    judged = [set(rows) for seeds in found.values() for rows in seeds.values()]
-    prompts = sorted(set.intersection(*judged)) if judged else []
-    if judged and len(prompts) < 2:
-        raise common.UserError(f"{len(prompts)} prompts were judged for all: judge more (--n)")
-    return {
-        measure: {
-            arm: {s: np.array([float(rows[p][measure]) for p in prompts]) for s, rows in x.items()}
-            for arm, x in found.items()
-        }
-        for measure in ("win", "tokens", "ended")
-    }
+    """Measure to arm to seed to (prompts,), over the prompts that were judged in all folders."""
+    by_arm = {}  # arm to seed to prompt to measure to value
+    prompt_sets = []
+    for arm, paths in folders.items():
+        by_arm[arm] = {}
+        for seed, path in paths.items():
+            by_arm[arm][seed] = read(path)
+            prompt_sets.append(set(by_arm[arm][seed]))
+    prompts = []
+    if prompt_sets:
+        prompts = sorted(set.intersection(*prompt_sets))
+        if len(prompts) < 2:
+            raise UserError(f"{len(prompts)} prompts were judged for all: judge more (--n)")
+    tables = {"win": {}, "tokens": {}, "ended": {}}
+    for measure, table in tables.items():
+        for arm, by_seed in by_arm.items():
+            table[arm] = {}
+            for seed, by_prompt in by_seed.items():
+                values = [float(by_prompt[prompt][measure]) for prompt in prompts]
+                table[arm][seed] = np.array(values)
+    return tables
 
 
 def parameters(path: Path) -> int:
-    """The number of a model's parameters, from its files' headers."""
+    """The number of a model's parameters, from the headers of its files."""
     total = 0
     for file in path.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(k).get_shape()) for k in tensors.keys())
+            for name in tensors.keys():
+                total += math.prod(tensors.get_slice(name).get_shape())
     return total
 
 
 @torch.no_grad()
 def log_odds(path: Path, replies: Sequence[tuple[str, str, str]]) -> np.ndarray:
-    """(prompts,) log-probability of the first reply minus that of the second, by a model, nats.
+    """Log-probability of the first reply minus that of the second, by a model, (prompts,), nats.
 
     replies: (prompt, first, second).
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, use_safetensors=True
-    ).eval()
-    limits = SimpleNamespace(max_length=2048, max_prompt_length=1024, truncate_prompt="start")
-    texts = [(prompt, pair) for prompt, *pair in replies]
-    examples = common.tokenise(texts, common.load_tokenizer(path), limits)
-    batch = common.make_batch(examples)
-    first, second = batch.sum(common.completion_logps(model, batch)).view(-1, 2).unbind(1)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    model.eval()
+    settings = SimpleNamespace(max_length=2048, max_prompt_length=1024, truncate_prompt="start")
+    texts = [(prompt, [first, second]) for prompt, first, second in replies]
+    examples = []
+    for record in tokenize(texts, load_tokenizer(path), settings):
+        examples.append(Example(record.prompt_ids, record.completions_ids))
+    batch = make_batch(examples)
+    logps = batch.sum_completions(completion_logps(model, batch))  # (2 * prompts,)
+    first, second = logps.view(-1, 2).unbind(dim=1)
     return (first - second).double().numpy()
 
 
-# ------------------------------------------------------------ numbers
+def share(log_odds: np.ndarray) -> np.ndarray:
+    """Log-odds of two replies to the first one's share of their probability."""
+    return 1 / (1 + np.exp(-log_odds))
+
+
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def describe(values: dict[int, np.ndarray], is_win: bool = False) -> dict:
-    """Mean, intervals over prompts and each seed's mean of seed to (prompts,)."""
+    """Mean, intervals over prompts, and the mean of each seed.
+
+    values: seed to (prompts,). is_win: they are wins; one half is subtracted from their means.
+    """
     table = np.stack([values[seed] for seed in sorted(values)])  # (seeds, prompts)
-    ends = claims.win_interval if is_win else claims.interval
+    subtracted = 0.5 if is_win else 0.0
+    interval = claims.win_interval if is_win else claims.interval
     return {
-        "mean": float(table.mean() - 0.5 * is_win),
-        "interval_75": ends(table, 0.75),
-        "interval_95": ends(table, 0.95),
-        "by_seed": [float(mean) for mean in table.mean(1) - 0.5 * is_win],
+        "mean": float(table.mean() - subtracted),
+        "interval_75": interval(table, 0.75),
+        "interval_95": interval(table, 0.95),
+        "by_seed": [float(mean) for mean in table.mean(axis=1) - subtracted],
     }
 
 
 def numbers_of_methods(model: str, tables: dict[str, Table], methods: Sequence[str]) -> list[dict]:
-    """A row for each method of one model, what Figures 2, 3 and 5 show."""
-    return [
-        {
-            "model": model,
-            "arm": arm,
-            "name": name_of(arm),
-            "prompts": len(next(iter(tables["win"][arm].values()))),
-            "win_rate_minus_half": describe(tables["win"][arm], is_win=True),
-            "tokens": describe(tables["tokens"][arm]),
-            "ended": describe(tables["ended"][arm]),
-        }
-        for arm in methods
-        if arm in tables["win"]
-    ]
+    """A row for each method of one model: what Figures 2, 3 and 5 show."""
+    rows = []
+    for arm in methods:
+        if arm not in tables["win"]:
+            continue
+        wins = tables["win"][arm]
+        num_prompts = len(next(iter(wins.values())))
+        rows.append(
+            {
+                "model": model,
+                "arm": arm,
+                "name": name_of(arm),
+                "prompts": num_prompts,
+                "win_rate_minus_half": describe(wins, is_win=True),
+                "tokens": describe(tables["tokens"][arm]),
+                "ended": describe(tables["ended"][arm]),
+            }
+        )
+    return rows
 
 
 def numbers_of_ablations(
     model: str, wins: Table, ablations: dict[str, dict[str, str]]
 ) -> list[dict]:
-    """A row for each value of each ablation: title to label to arm."""
-    return [
-        {
-            "model": model,
-            "ablation": title,
-            "value": value,
-            "win_rate_minus_half": describe(wins[arm], is_win=True),
-        }
-        for title, arms in ablations.items()
-        for value, arm in arms.items()
-        if arm in wins
-    ]
+    """A row for each value of each ablation. ablations: title to value to arm."""
+    rows = []
+    for title, arms in ablations.items():
+        for value, arm in arms.items():
+            if arm in wins:
+                rows.append(
+                    {
+                        "model": model,
+                        "ablation": title,
+                        "value": value,
+                        "win_rate_minus_half": describe(wins[arm], is_win=True),
+                    }
+                )
+    return rows
 
 
-def numbers_of_theorem(
-    model: str, majority: Table, of_arm: dict[str, tuple[float, str]], gap: float
+def numbers_of_contradictory_labels(
+    model: str, majority: Table, contradictory: dict[str, tuple[float, str]], gap: float
 ) -> list[dict]:
-    """A row for each share of agreeing labels and each loss, with where DPO's optimum lies."""
-    return [
-        {
-            "model": model,
-            "loss": of_arm[arm][1],
-            "share": of_arm[arm][0],
-            "probability": describe({seed: x + 0.5 for seed, x in majority[arm].items()}),
-            "prompts_with_majority": float(np.mean([x > 0 for x in majority[arm].values()])),
-            "optimum_of_dpo": float(claims.optimum_of_dpo(of_arm[arm][0], gap)),
-            "gap": gap,
-        }
-        for arm in majority
-    ]
+    """A row for each share of agreeing labels and each loss, with DPO's optimum.
+
+    Args:
+        majority: arm to seed to the probability of the majority's reply, less 0.5, (prompts,).
+        contradictory: arm to (share of agreeing labels, loss).
+        gap: see claims.optimum_of_dpo.
+    """
+    rows = []
+    for arm, by_seed in majority.items():
+        agreeing, loss = contradictory[arm]
+        probabilities = {seed: values + 0.5 for seed, values in by_seed.items()}
+        is_ahead = [values > 0 for values in by_seed.values()]
+        rows.append(
+            {
+                "model": model,
+                "loss": loss,
+                "share": agreeing,
+                "probability": describe(probabilities),
+                "prompts_with_majority": float(np.mean(is_ahead)),
+                "optimum_of_dpo": float(claims.optimum_of_dpo(agreeing, gap)),
+                "gap": gap,
+            }
+        )
+    return rows
 
 
 def gather(
@@ -157,52 +202,67 @@ def gather(
     contradictory: dict[str, tuple[float, str]],
     replies: Sequence[tuple[str, str, str]],
 ) -> dict:
-    """All numbers of a suite, of what is there.
+    """All numbers of a suite, from the results that exist.
 
-    data: what it trained on. folders: model to arm to seed to folder; models: their own folders.
-    ablations: title to value to arm. contradictory: arm to (share of agreeing labels, loss).
-    replies: (prompt, the majority's, the minority's).
+    Args:
+        data: what the suite trained on.
+        folders: model to arm to seed to folder.
+        models: model to the folder of its weights.
+        methods: arms.
+        ablations: title to value to arm.
+        contradictory: arm to (share of agreeing labels, loss).
+        replies: (prompt, the majority's reply, the minority's reply).
     """
-    numbers = {"margin": statistics.MARGIN, "data": data, "models": [], "methods": []}
-    numbers |= {"ablations": [], "contradictory": []}
-    tables, made = {}, {}
+    numbers = {
+        "margin": statistics.MARGIN,
+        "data": data,
+        "models": [],
+        "methods": [],
+        "ablations": [],
+        "contradictory": [],
+    }
+    tables = {}  # model to measure to table
+    claims_of_models = {}
     for model, arms in folders.items():
         numbers["models"].append({"name": model, "parameters": parameters(models[model])})
-        judged = {arm: seeds for arm, seeds in arms.items() if arm not in contradictory}
+        judged = {}
+        scored = {}  # arms whose two replies are scored, and none is sampled
+        for arm, paths in arms.items():
+            if arm in contradictory:
+                scored[arm] = paths
+            else:
+                judged[arm] = paths
         tables[model] = tabulate(judged)
         wins = tables[model]["win"]
         numbers["methods"] += numbers_of_methods(model, tables[model], methods)
         numbers["ablations"] += numbers_of_ablations(model, wins, ablations)
-        made[model] = claims.claims_of_report() + claims.claims_of_ablations(wins)
-        if contradictory.keys() & arms.keys():
+        claims_of_models[model] = claims.claims_of_report() + claims.claims_of_ablations(wins)
+        if scored:
             gap = -float(log_odds(models[model], replies).mean())
-            majority = {
-                arm: {s: share(log_odds(path, replies)) - 0.5 for s, path in seeds.items()}
-                for arm, seeds in arms.items()
-                if arm in contradictory
-            }
+            majority = {}
+            for arm, paths in scored.items():
+                majority[arm] = {}
+                for seed, path in paths.items():
+                    majority[arm][seed] = share(log_odds(path, replies)) - 0.5
             tables[model]["majority"] = majority
-            numbers["contradictory"] += numbers_of_theorem(model, majority, contradictory, gap)
-            made[model] += claims.claims_of_theorem(contradictory, gap)
-    numbers["claims"] = claims.examine_all(tables, made)
+            numbers["contradictory"] += numbers_of_contradictory_labels(
+                model, majority, contradictory, gap
+            )
+            claims_of_models[model] += claims.claims_of_contradictory_labels(contradictory, gap)
+    numbers["claims"] = claims.examine_all(tables, claims_of_models)
     return numbers
 
 
-def share(log_odds: np.ndarray) -> np.ndarray:
-    """Log-odds of two replies to the first one's share of their probability."""
-    return 1 / (1 + np.exp(-log_odds))
-
-
-# ------------------------------------------------------------ pictures and the report
+# --------------------------------------------------------------------------- figures and the report
 
 
 def draw(numbers: dict, out: Path) -> list[tuple[str, str]]:
-    """Draw what the numbers hold; returns (file, caption) of each picture."""
-    pictures = []
+    """Draw what the numbers hold. Returns (file name, caption) of each figure."""
+    drawn = []
 
-    def add(name: str, caption: str, figure, *arguments) -> None:
+    def add(name: str, caption: str, figure: Callable, *arguments) -> None:
         figure(numbers, out / name, *arguments)
-        pictures.append((name, caption))
+        drawn.append((name, caption))
 
     bars = "Thick lines are 75% intervals, thin ones 95%, over prompts; dots are seeds."
     if numbers["methods"]:
@@ -216,44 +276,64 @@ def draw(numbers: dict, out: Path) -> list[tuple[str, str]]:
         add("figure_3.png", f"Figure 3. {text}. Lines are 95% intervals.", figures.figure3)
         text = "KTO against DPO, with and without SFT before"
         add("figure_5.png", f"Figure 5. {text}. {bars}", figures.figure5)
-    for title in dict.fromkeys(row["ablation"] for row in numbers["ablations"]):
-        name = f"ablation_{'_'.join(title.split(' (')[0].lower().replace('+', '_').split())}.png"
-        lines = "Lines are one standard deviation over seeds (95% over prompts where one seed ran)"
+    lines = "Lines are one standard deviation over seeds (95% over prompts where one seed ran)"
+    titles = dict.fromkeys(row["ablation"] for row in numbers["ablations"])
+    for title in titles:
+        words = title.split(" (")[0].lower().replace("+", "_").split()
+        name = f"ablation_{'_'.join(words)}.png"
         add(name, f"Ablation: {title}. {lines}; dots are seeds.", figures.ablation, title)
     if numbers["contradictory"]:
         text = "Contradictory labels: what share of probability the majority's reply ends with"
         add("contradictory.png", f"{text}. Dots are seeds.", figures.contradictory)
-    return pictures
+    return drawn
 
 
-def table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table."""
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def between(ends: Sequence[float], digits: int = 3) -> str:
-    return f"[{ends[0]:+.{digits}f}, {ends[1]:+.{digits}f}]"
+    """An interval in words."""
+    low, high = ends
+    return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def seeds_range(summary: dict) -> str:
+    """The smallest and the largest mean of a seed, in words."""
+    return f"{min(summary['by_seed']):+.3f} to {max(summary['by_seed']):+.3f}"
 
 
 def claims_table(records: Sequence[dict]) -> str:
-    """The claims in markdown, a column a model; effects in win rate, tokens or probability."""
+    """The claims in markdown, a column per model; effects in win rate, tokens or probability."""
     models = list(dict.fromkeys(record["model"] for record in records))
-    rows = {}
+    cells = {}  # first columns of a row to model to cell
     for record in records:
-        digits, unit = (1, " tokens") if record["measure"] == "tokens" else (3, "")
-        seeds = len(record["by_seed"])
-        cell = f"**{record['here']}**: {record['effect']:+.{digits}f}{unit}, "
-        cell += f"{between(record['interval_95'], digits)}, p = {record['p_holm']:.2g}"
+        digits = 3
+        unit = ""
+        if record["measure"] == "tokens":
+            digits = 1
+            unit = " tokens"
+        cell = (
+            f"**{record['here']}**: {record['effect']:+.{digits}f}{unit}, "
+            f"{between(record['interval_95'], digits)}, p = {record['p_holm']:.2g}"
+        )
         if "prompts_needed" in record:
             cell += f"; {record['prompts_needed']} prompts needed"
-        what = (record["claim"], record["contrast"], f"{record['test']}, {record['kind']}")
-        row = rows.setdefault(
-            (*what, f"{record['prompts']}", f"{seeds}"), dict.fromkeys(models, "")
+        first_columns = (
+            record["claim"],
+            record["contrast"],
+            f"{record['test']}, {record['kind']}",
+            str(record["prompts"]),
+            str(len(record["by_seed"])),
         )
-        row[record["model"]] = cell
+        cells.setdefault(first_columns, {})[record["model"]] = cell
     head = ["claim", "contrast", "test", "prompts", "seeds", *models]
-    return table_of(head, [[*what, *row.values()] for what, row in rows.items()])
+    rows = []
+    for first_columns, cell_of_model in cells.items():
+        rows.append([*first_columns, *(cell_of_model.get(model, "") for model in models)])
+    return markdown_table(head, rows)
 
 
 def methods_table(rows: Sequence[dict]) -> str:
@@ -261,63 +341,92 @@ def methods_table(rows: Sequence[dict]) -> str:
     head = "model,method,win rate - 0.5,75% interval,95% interval,seeds,tokens,ended".split(",")
     lines = []
     for row in rows:
-        win, tokens, ended = (row[key] for key in ("win_rate_minus_half", "tokens", "ended"))
-        line = [row["model"], row["name"], f"{win['mean']:+.3f}", between(win["interval_75"])]
-        line += [between(win["interval_95"]), seeds_range(win)]
-        lines.append([*line, f"{tokens['mean']:.1f}", f"{ended['mean']:.0%}"])
-    return table_of(head, lines)
+        win = row["win_rate_minus_half"]
+        lines.append(
+            [
+                row["model"],
+                row["name"],
+                f"{win['mean']:+.3f}",
+                between(win["interval_75"]),
+                between(win["interval_95"]),
+                seeds_range(win),
+                f"{row['tokens']['mean']:.1f}",
+                f"{row['ended']['mean']:.0%}",
+            ]
+        )
+    return markdown_table(head, lines)
 
 
 def ablations_table(rows: Sequence[dict]) -> str:
-    """What the ablations' pictures show, in markdown."""
+    """What the figures of the ablations show, in markdown."""
     head = "model,setting,value,win rate - 0.5,95% interval,seeds".split(",")
     lines = []
     for row in rows:
         win = row["win_rate_minus_half"]
-        line = [row["model"], row["ablation"], row["value"], f"{win['mean']:+.3f}"]
-        lines.append([*line, between(win["interval_95"]), seeds_range(win)])
-    return table_of(head, lines)
+        lines.append(
+            [
+                row["model"],
+                row["ablation"],
+                row["value"],
+                f"{win['mean']:+.3f}",
+                between(win["interval_95"]),
+                seeds_range(win),
+            ]
+        )
+    return markdown_table(head, lines)
 
 
 def contradictory_table(rows: Sequence[dict]) -> str:
-    """The majority's reply's share of probability after training, in markdown."""
+    """The probability of the majority's reply after training, in markdown."""
     head = "model,loss,labels that agree,probability,seeds,prompts on its side,DPO's optimum"
     lines = []
     for row in rows:
-        found = row["probability"]
-        line = [row["model"], row["loss"].upper(), f"{row['share']:.0%}", f"{found['mean']:.3f}"]
-        line += [seeds_range(found), f"{row['prompts_with_majority']:.0%}"]
-        lines.append([*line, f"{row['optimum_of_dpo']:.3f}" if row["loss"] == "dpo" else ""])
-    return table_of(head.split(","), lines)
+        optimum = f"{row['optimum_of_dpo']:.3f}" if row["loss"] == "dpo" else ""
+        lines.append(
+            [
+                row["model"],
+                row["loss"].upper(),
+                f"{row['share']:.0%}",
+                f"{row['probability']['mean']:.3f}",
+                seeds_range(row["probability"]),
+                f"{row['prompts_with_majority']:.0%}",
+                optimum,
+            ]
+        )
+    return markdown_table(head.split(","), lines)
 
 
-def seeds_range(found: dict) -> str:
-    return f"{min(found['by_seed']):+.3f} to {max(found['by_seed']):+.3f}"
-
-
-def report(numbers: dict, pictures: Sequence[tuple[str, str]], about: dict | None = None) -> str:
+def report(numbers: dict, drawn: Sequence[tuple[str, str]], about: dict | None = None) -> str:
     """The report in markdown.
 
-    about: judge, seeds, prompts, commands (one an arm), seconds, failed (name to why).
+    Args:
+        drawn: (file name, caption) of each figure.
+        about: judge, seeds, prompts, commands (one per arm), seconds, failed (stage to reason).
     """
-    sizes = ", ".join(f"{m['name']} ({m['parameters']:,} parameters)" for m in numbers["models"])
-    parts = ["# What the suite found", f"Models: {sizes}. Data: {numbers['data']}."]
+    models = []
+    for model in numbers["models"]:
+        models.append(f"{model['name']} ({model['parameters']:,} parameters)")
+    introduction = f"Models: {', '.join(models)}. Data: {numbers['data']}."
     if about:
-        parts[-1] += (
+        introduction += (
             f" Judge: {about['judge']}. Training seeds: {about['seeds']}. Prompts: "
             f"{about['prompts']}, held out, the same for all; the same sampling seed. All stages "
             f"together took {about['seconds']:.0f} s."
         )
-        if about["failed"]:
-            parts.append("**Not everything ran**, so something is missing below:")
-            parts.append("\n".join(f"- {name}: {why}" for name, why in about["failed"].items()))
-    for name, caption in pictures:
-        parts += [f"![{caption.split('. ')[0]}]({name})", caption]
+    parts = ["# What the suite found", introduction]
+    if about and about["failed"]:
+        parts.append("**Not everything ran**, so something is missing below:")
+        reasons = [f"- {name}: {reason}" for name, reason in about["failed"].items()]
+        parts.append("\n".join(reasons))
+    for name, caption in drawn:
+        title = caption.split(". ")[0]
+        parts += [f"![{title}]({name})", caption]
     if numbers["methods"]:
         parts += ["## Methods", methods_table(numbers["methods"])]
     if numbers["claims"]:
         parts.append("## The report's claims, here")
-        parts += [CAUTION] if numbers["data"] == "toy" else []
+        if numbers["data"] == "toy":
+            parts.append(CAUTION)
         parts += [
             "The rules were fixed in `archangel/claims.py` before any result was seen: *above* is "
             "a contrast above 0, *par* one within the margin of "
@@ -333,66 +442,77 @@ def report(numbers: dict, pictures: Sequence[tuple[str, str]], about: dict | Non
     if numbers["contradictory"]:
         parts += ["## Contradictory labels", contradictory_table(numbers["contradictory"])]
     if about:
-        parts += ["## Commands", "```bash\n" + "\n".join(about["commands"]) + "\n```"]
+        commands = "\n".join(about["commands"])
+        parts += ["## Commands", f"```bash\n{commands}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
 def write(out: Path, numbers: dict, about: dict | None = None) -> None:
-    """Write numbers.json, the pictures and report.md to `out`."""
+    """Write numbers.json, the figures and report.md to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     judge.write(out / "numbers.json", json.dumps(numbers, indent=2) + "\n")
     judge.write(out / "report.md", report(numbers, draw(numbers, out), about))
 
 
 def together(several: Sequence[dict]) -> dict:
-    """The numbers of several suites as of one: their p-values are corrected together.
+    """The numbers of several suites as those of one. Their p-values are corrected together.
 
-    Where two have the same claim of the same model, the first's stands. Raises UserError where two
-    have the same result, or other data.
+    If two suites have the same claim about the same model, the first one's is taken. Raises
+    UserError if two have the same result, or are about different data.
     """
-    whole = {"margin": statistics.MARGIN, "data": several[0]["data"], "models": []}
-    if any(numbers["data"] != whole["data"] for numbers in several):
-        raise common.UserError("the suites are about different data: no one table can hold both")
-    same = {  # what names a row
+    data = several[0]["data"]
+    if any(numbers["data"] != data for numbers in several):
+        raise UserError("the suites are about different data: no one table can hold both")
+    combined = {"margin": statistics.MARGIN, "data": data, "models": []}
+    keys_of_tables = {
         "methods": ("model", "arm"),
         "ablations": ("model", "ablation", "value"),
         "contradictory": ("model", "share", "loss"),
         "claims": ("model", "claim"),
     }
-    for table, keys in same.items():
+    for table, keys in keys_of_tables.items():
         rows = {}
-        for row in (row for numbers in several for row in numbers[table]):
-            name = tuple(row[key] for key in keys)
-            if name in rows and table != "claims":
-                raise common.UserError(f"{table}: {', '.join(map(str, name))} is there twice")
-            rows.setdefault(name, row)
-        whole[table] = list(rows.values())
+        for numbers in several:
+            for row in numbers[table]:
+                name = tuple(row[key] for key in keys)
+                if name not in rows:
+                    rows[name] = row
+                elif table != "claims":
+                    raise UserError(f"{table}: {', '.join(map(str, name))} is there twice")
+        combined[table] = list(rows.values())
     for numbers in several:
-        whole["models"] += [m for m in numbers["models"] if m not in whole["models"]]
-    whole["claims"] = claims.conclude(whole["claims"])
-    return whole
+        for model in numbers["models"]:
+            if model not in combined["models"]:
+                combined["models"].append(model)
+    combined["claims"] = claims.conclude(combined["claims"])
+    return combined
+
+
+# ------------------------------------------------------------------------------------- the command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Make figures, tables and numbers.json from one or several numbers.json."""
     parser = argparse.ArgumentParser(
         prog="python -m archangel.results",
         description="Pictures, tables and numbers.json of one or several suites' numbers.json.",
     )
     parser.add_argument("numbers", nargs="+", type=Path, help="numbers.json of suites")
     parser.add_argument("--out", type=Path, required=True, help="a folder for what is made")
-    given = parser.parse_args(arguments)
-    with common.exit_status():
-        several = []
-        for path in given.numbers:
-            try:
-                several.append(json.loads(path.read_text()))
-            except (OSError, ValueError) as error:
-                raise common.UserError(f"{path}: {error}") from None
-            if not isinstance(several[-1], dict) or not several[-1].keys() >= TABLES:
-                raise common.UserError(f"{path}: is not a suite's numbers.json")
-        write(given.out, together(several))
-        print(f"the report is {given.out / 'report.md'}")
+    args = parser.parse_args(arguments)
+    several = []
+    for path in args.numbers:
+        try:
+            numbers = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {error}") from None
+        if not isinstance(numbers, dict) or not numbers.keys() >= TABLES:
+            raise UserError(f"{path}: is not a suite's numbers.json")
+        several.append(numbers)
+    write(args.out, together(several))
+    print(f"the report is {args.out / 'report.md'}")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_status():
+        main()

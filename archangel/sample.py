@@ -1,21 +1,20 @@
-"""What a trained model replies to held-out prompts, beside what another replied before.
+"""What a trained model replies to held-out prompts, beside what another model replies.
 
     python -m archangel.sample runs/kto --against toy         # the same prompts, before and after
     python -m archangel.sample runs/kto --n 1000 --out replies.jsonl
 
-Top-p sampling at temperature 1. The noise of a reply comes from the seed and its prompt alone, so
-a prompt gets the same reply whatever else is in its batch (but for rounding), and the replies of
-two models to a prompt differ by the models, not by luck.
+Top-p sampling at temperature 1. The random numbers for a reply depend only on the seed and the
+prompt. So a prompt gets the same reply (up to rounding) whatever else is in its batch, and the
+replies of two models to a prompt differ because of the models, not by chance.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import statistics
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,8 +31,10 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-import common_v1 as common
 from archangel import toy
+from archangel.errors import UserError, exit_status
+from archangel.records import read_split, tokenize
+from archangel.run import find_model, load_tokenizer
 
 WIDTH = 100  # columns of the terminal
 
@@ -41,8 +42,9 @@ WIDTH = 100  # columns of the terminal
 class SeededTopP(LogitsProcessor):
     """Top-p sampling for a decoder that takes the largest score (`do_sample=False`).
 
-    The largest of log-probability plus Gumbel noise is a draw from the distribution. Each prompt
-    has its own generator, on the CPU, seeded by (seed, prompt): its t-th draw is always the same.
+    The index of the largest log-probability plus Gumbel noise is a draw from the distribution. Each
+    prompt has its own generator, on the CPU, seeded by (seed, prompt). So its t-th draw is always
+    the same.
     """
 
     def __init__(self, prompts: Sequence[str], seed: int, top_p: float):
@@ -53,44 +55,53 @@ class SeededTopP(LogitsProcessor):
             self.generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:6], "big")))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (B, V) in, scores with noise (B, V) out, -inf outside the top p."""
+        """Add noise to scores (B, V); scores outside of the top p become -inf."""
         exponential = torch.empty(scores.shape)
-        for row, generator in zip(exponential, self.generators, strict=True):
-            row.exponential_(generator=generator)
+        for noise_of_prompt, generator in zip(exponential, self.generators, strict=True):
+            noise_of_prompt.exponential_(generator=generator)
+        # Minus the logarithm of an exponential variable is a Gumbel variable.
         return self.top_p(input_ids, scores) - exponential.log().to(scores.device)
 
 
 def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder, on the GPU in bfloat16 where there is one, else in float32.
+    """Model and tokenizer of a folder; on a GPU in bfloat16 if there is one, else in float32.
 
-    Raises UserError where the folder does not hold a causal language model in safetensors.
+    Raises UserError if the folder does not hold a causal language model in safetensors.
     """
-    tokenizer = common.load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = torch.float32
+    if device == "cuda" and torch.cuda.is_bf16_supported():
+        dtype = torch.bfloat16
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise common.UserError(f"model {path}: cannot be loaded, {reason}") from None
+        raise UserError(f"model {path}: cannot be loaded, {reason}") from None
     return model.to(device).eval(), tokenizer
 
 
 def read_prompts(data: str, n: int) -> list[dict[str, str]]:
-    """The first `n` prompts, each once: {"prompt": ..., "chosen": ... where the row has one}.
+    """The first `n` prompts, each once: {"prompt": ..., "chosen": ... if there is one}.
 
-    data: as the trainers take it; the test rows of a folder, all rows of a file. An unpaired row's
-    completion is its chosen reply where it is desirable, a supervised row's always.
+    The completion of an unpaired record is its chosen reply if it is desirable. That of a
+    supervised record always is.
+
+    data: as the trainers take it. Of a folder, the test records are read; of a file, all of them.
     """
     split = "train" if Path(data).is_file() else "test"
     prompts = {}
-    for row in common.read_rows(data, split, ("preference", "unpaired", "supervised")):
-        chosen = row.get("chosen", row.get("completion") if row.get("label", True) else None)
-        kept = prompts.setdefault(row["prompt"], {"prompt": row["prompt"]})
-        if chosen is not None:
-            kept.setdefault("chosen", chosen)
+    for record in read_split(data, split, ("preference", "unpaired", "supervised")):
+        kept = prompts.setdefault(record["prompt"], {"prompt": record["prompt"]})
+        if "chosen" in record:
+            chosen = record["chosen"]
+        elif record.get("label", True):
+            chosen = record["completion"]
+        else:
+            continue
+        kept.setdefault("chosen", chosen)
     if not prompts:
-        raise common.UserError(f"--data {data}: no such file, and no folder with a test.jsonl")
+        raise UserError(f"--data {data}: no such file, and no folder with a test.jsonl")
     return list(prompts.values())[:n]
 
 
@@ -98,163 +109,207 @@ def read_prompts(data: str, n: int) -> list[dict[str, str]]:
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict],
+    prompts: Sequence[dict],
     *,
     seed: int = 1,
     top_p: float = 0.95,
     max_new_tokens: int = 64,
     batch_size: int = 50,
 ) -> Iterator[list[dict]]:
-    """Reply to the prompts; yields batch after batch of rows, prompts of like length together.
+    """Reply to prompts (see read_prompts). Yields batches; prompts of similar length are together.
 
-    To the row's own fields come `reply`, `tokens` (of the reply, its end mark not counted) and
-    `ended` (whether it ended by itself, not by `max_new_tokens`). A prompt that does not fit the
-    model's positions with its reply loses its start.
+    To each prompt's own fields it adds `reply`, `tokens` (of the reply, without the end-of-sequence
+    token) and `ended` (whether it ended with that token, and was not cut at `max_new_tokens`). A
+    prompt loses its start if it does not fit, with its reply, the model's number of positions.
     """
     room = getattr(model.config, "max_position_embeddings", 2048) - max_new_tokens
     if room < 1:
-        raise common.UserError(f"--max_new_tokens {max_new_tokens}: no room for a prompt")
-    # Prompts become tokens as in training: the same beginning, no special token by chance.
-    limits = SimpleNamespace(max_length=room + 1, max_prompt_length=room, truncate_prompt="start")
-    texts = [(row["prompt"], [""]) for row in rows]
-    examples = common.tokenise(texts, tokenizer, limits)
-    prompts = [example["prompt_ids"].tolist() for example in examples]
+        raise UserError(f"--max_new_tokens {max_new_tokens}: no room for a prompt")
+    # Tokenized as in training: with the same first token, and no special token in the text.
+    settings = SimpleNamespace(max_length=room + 1, max_prompt_length=room, truncate_prompt="start")
+    tokenized = tokenize([(prompt["prompt"], [""]) for prompt in prompts], tokenizer, settings)
+    prompts_ids = [record.prompt_ids.tolist() for record in tokenized]
 
     eos = tokenizer.eos_token_id
-    # The model's own settings (temperature, penalties) would bend the distribution, and generate
-    # falls back on them: they are replaced.
+    # Replace the model's own generation settings, which generate falls back on: a temperature or a
+    # penalty would change the distribution.
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos
     )
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]), reverse=True)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts_ids[index]), reverse=True)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        longest = len(prompts[batch[0]])
-        padding = [longest - len(prompts[i]) for i in batch]  # on the left: replies start together
-        ids = torch.tensor([[eos] * pad + prompts[i] for pad, i in zip(padding, batch)])  # (B, T)
-        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])  # (B, T)
-        noise = SeededTopP([rows[i]["prompt"] for i in batch], seed, top_p)
+        longest = len(prompts_ids[batch[0]])
+        input_ids = []
+        attention_mask = []
+        for index in batch:  # padded on the left, so that all replies start at the same place
+            length = len(prompts_ids[index])
+            padding = longest - length
+            input_ids.append([eos] * padding + prompts_ids[index])
+            attention_mask.append([0] * padding + [1] * length)
+        noise = SeededTopP([prompts[index]["prompt"] for index in batch], seed, top_p)
         output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=torch.tensor(input_ids, device=model.device),  # (B, T)
+            attention_mask=torch.tensor(attention_mask, device=model.device),  # (B, T)
             logits_processor=LogitsProcessorList([noise]),
         )
         replies = []
-        for i, tokens in zip(batch, output[:, longest:].tolist()):
-            ended = eos in tokens
-            tokens = tokens[: tokens.index(eos)] if ended else tokens
-            reply = tokenizer.decode(tokens, skip_special_tokens=True)
-            replies.append({**rows[i], "reply": reply, "tokens": len(tokens), "ended": ended})
+        for index, reply_ids in zip(batch, output[:, longest:].tolist()):
+            ended = eos in reply_ids
+            if ended:
+                reply_ids = reply_ids[: reply_ids.index(eos)]
+            replies.append(
+                {
+                    **prompts[index],
+                    "reply": tokenizer.decode(reply_ids, skip_special_tokens=True),
+                    "tokens": len(reply_ids),
+                    "ended": ended,
+                }
+            )
         yield replies
 
 
-def read_replies(out: Path, sampled: dict) -> dict[str, dict]:
-    """Prompt to row of what `--out` wrote before; a half-written last line is cut off the file.
+def weights_sha256(path: Path) -> str:
+    """A fingerprint of the weights in a folder."""
+    digest = hashlib.sha256()
+    for file_path in sorted(path.glob("*.safetensors")):
+        with file_path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
-    Raises UserError where a row was not sampled as `sampled` says (weights, seed, ...).
+
+def read_replies(out: Path, sampled: dict) -> dict[str, dict]:
+    """The replies that are in `--out` already, by prompt. A half-written last line is cut off.
+
+    Raises UserError if a reply was not sampled as `sampled` says (weights, seed, ...).
     """
     text = out.read_bytes() if out.exists() else b""
-    whole = text[: text.rfind(b"\n") + 1]
-    done = {}
-    for number, line in enumerate(whole.splitlines(), 1):
+    whole_lines = text[: text.rfind(b"\n") + 1]
+    replies = {}
+    for number, line in enumerate(whole_lines.splitlines(), 1):
         try:
-            row = json.loads(line)
-            before = row["sampled"]
-            done[row["prompt"]] = row
+            reply = json.loads(line)
+            sampled_before = reply["sampled"]
+            replies[reply["prompt"]] = reply
         except (ValueError, KeyError, TypeError):
-            raise common.UserError(
+            raise UserError(
                 f"--out {out}, row {number}: not a row of this command; name a new file"
             ) from None
-        if before != sampled:
-            raise common.UserError(
-                f"--out {out}, row {number}: sampled with {before}, not {sampled}; name a new file"
+        if sampled_before != sampled:
+            raise UserError(
+                f"--out {out}, row {number}: sampled with {sampled_before}, not {sampled}; "
+                "name a new file"
             )
-    if whole != text:
-        os.truncate(out, len(whole))
-    return done
+    if whole_lines != text:
+        os.truncate(out, len(whole_lines))
+    return replies
 
 
 def reply_to(
-    path: Path, rows: Sequence[dict], *, batch_size: int, out: Path | None = None, **sampling
+    path: Path, prompts: Sequence[dict], *, batch_size: int, out: Path | None = None, **sampling
 ) -> list[dict]:
-    """The rows, in order, with the replies of the model in `path`; those in `out` are not sampled.
+    """The prompts, in order, with the replies of the model in `path`.
 
-    sampling: `seed`, `top_p` and `max_new_tokens`. `out` gets each batch as soon as it is there.
+    Args:
+        out: a file to which each batch of replies is written as soon as it is sampled. What it has
+            already is not sampled again.
+        sampling: `seed`, `top_p` and `max_new_tokens`.
     """
-    done = {}
-    if out:
-        digest = hashlib.sha256()
-        for weights in sorted(path.glob("*.safetensors")):
-            with weights.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        sampled = {"weights_sha256": digest.hexdigest()[:16], **sampling}
-        done = read_replies(out, sampled)
-    missing = [row for row in rows if row["prompt"] not in done]
+    sampled = {}
+    replies = {}  # by prompt
+    if out is not None:
+        sampled = {"weights_sha256": weights_sha256(path), **sampling}
+        replies = read_replies(out, sampled)
+    missing = [prompt for prompt in prompts if prompt["prompt"] not in replies]
     if missing:
         model, tokenizer = load(path)
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(open(out, "a", encoding="utf-8")) if out else None
-            bar = stack.enter_context(tqdm(total=len(missing), desc=f"sample {path}", delay=2))
+        with tqdm(total=len(missing), desc=f"sample {path}", delay=2) as bar:
             for batch in sample(model, tokenizer, missing, batch_size=batch_size, **sampling):
-                done |= {row["prompt"]: row for row in batch}
-                if file:
-                    lines = [json.dumps({**row, "sampled": sampled}) + "\n" for row in batch]
-                    file.writelines(lines)
-                    file.flush()
+                for reply in batch:
+                    replies[reply["prompt"]] = reply
+                if out is not None:
+                    with out.open("a", encoding="utf-8") as file:
+                        for reply in batch:
+                            file.write(json.dumps({**reply, "sampled": sampled}) + "\n")
                 bar.update(len(batch))
-    return [{**done[row["prompt"]], **row} for row in rows]
+    return [{**replies[prompt["prompt"]], **prompt} for prompt in prompts]
 
 
-def figures(rows: Sequence[dict], is_toy: bool) -> dict[str, str]:
-    """What the table says of one model's replies; the toy judge's verdicts for toy data only."""
+def mean(values: Iterable) -> float:
+    """The mean of numbers or truth values."""
+    return statistics.mean(float(value) for value in values)
 
-    def mean(values) -> float:
-        return statistics.mean(map(float, values))
 
-    table = {
-        "reply length, tokens": f"{mean(row['tokens'] for row in rows):.1f}",
-        "ended by itself": f"{mean(row['ended'] for row in rows):.0%}",
-    }
+def summarize(replies: Sequence[dict], is_toy: bool) -> dict[str, str]:
+    """What the table shows of one model's replies; for toy data, also the toy judge's verdicts."""
+    table = {}
     if is_toy:
-        verdicts = [toy.judge(row["prompt"], row["reply"]) for row in rows]
-        wins = mean(toy.win(row["prompt"], row["reply"], row["chosen"]) for row in rows)
-        table = {
-            "win rate against the chosen reply, minus 0.5": f"{wins - 0.5:+.2f}",
-            **table,
-            "rude": f"{mean(not verdict['harmless'] for verdict in verdicts):.0%}",
-            "about another product": f"{mean(not verdict['product'] for verdict in verdicts):.0%}",
-        }
+        wins = [toy.win(reply["prompt"], reply["reply"], reply["chosen"]) for reply in replies]
+        table["win rate against the chosen reply, minus 0.5"] = f"{mean(wins) - 0.5:+.2f}"
+    table["reply length, tokens"] = f"{mean(reply['tokens'] for reply in replies):.1f}"
+    table["ended by itself"] = f"{mean(reply['ended'] for reply in replies):.0%}"
+    if is_toy:
+        verdicts = [toy.judge(reply["prompt"], reply["reply"]) for reply in replies]
+        is_rude = [not verdict["harmless"] for verdict in verdicts]
+        is_off_topic = [not verdict["product"] for verdict in verdicts]
+        table["rude"] = f"{mean(is_rude):.0%}"
+        table["about another product"] = f"{mean(is_off_topic):.0%}"
     return table
 
 
-def lay_out(label: str, text: str, lines: int) -> str:
-    """A labelled block of at most `lines` lines of the terminal, its blank lines left out."""
-    wrapped = []
-    for line in filter(str.strip, text.splitlines()):
-        wrapped += textwrap.wrap(line.strip(), WIDTH - 10)
-    if len(wrapped) > lines:
-        wrapped = [*wrapped[:lines], "[...]"]
-    return f"{label:<10}" + ("\n" + " " * 10).join(wrapped or ["-"])
+def wrap(label: str, text: str, max_lines: int) -> str:
+    """A labeled block of at most `max_lines` lines of the terminal, without blank lines."""
+    indent = 10
+    lines = []
+    for line in text.splitlines():
+        lines += textwrap.wrap(line.strip(), WIDTH - indent)
+    if len(lines) > max_lines:
+        lines = [*lines[:max_lines], "[...]"]
+    if not lines:
+        lines = ["-"]
+    separator = "\n" + " " * indent
+    return f"{label:<{indent}}{separator.join(lines)}"
 
 
 def show(replies: dict[str, list[dict]], count: int, is_toy: bool) -> str:
-    """The first `count` prompts with each model's reply (label to rows), and the table."""
+    """The first `count` prompts with each model's reply, and the table.
+
+    replies: label to the model's replies, to the same prompts in the same order.
+    """
+    labels = list(replies)
+    prompts = [reply["prompt"] for reply in replies[labels[0]]]
     blocks = []
-    first = next(iter(replies.values()))
-    for i, row in enumerate(first[:count]):
-        prompt = row["prompt"].strip()
-        if len(prompt) > 400:
-            prompt = "[...] " + prompt[-400:]
-        block = [lay_out("prompt", prompt, 8)]
-        block += [lay_out(label, rows[i]["reply"], 5) for label, rows in replies.items()]
+    for number, prompt in enumerate(prompts[:count]):
+        shown_prompt = prompt.strip()
+        if len(shown_prompt) > 400:
+            shown_prompt = "[...] " + shown_prompt[-400:]
+        block = [wrap("prompt", shown_prompt, 8)]
+        for label in labels:
+            block.append(wrap(label, replies[label][number]["reply"], 5))
         blocks.append("\n".join(block))
-    tables = [figures(rows, is_toy) for rows in replies.values()]
-    head = f"{f'{len(first)} prompts':<46}" + "".join(f"{label:>12}" for label in replies)
-    lines = [f"{key:<46}" + "".join(f"{t[key]:>12}" for t in tables) for key in tables[0]]
-    return "\n\n".join([*blocks, "\n".join([head, *lines])])
+
+    tables = [summarize(replies[label], is_toy) for label in labels]
+    head = f"{len(prompts)} prompts"
+    lines = [f"{head:<46}" + "".join(f"{label:>12}" for label in labels)]
+    for name in tables[0]:
+        lines.append(f"{name:<46}" + "".join(f"{table[name]:>12}" for table in tables))
+    return "\n\n".join([*blocks, "\n".join(lines)])
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for a setting that is out of range."""
+    for name, least in {"n": 1, "show": 0, "batch_size": 1, "max_new_tokens": 1}.items():
+        value = getattr(args, name)
+        if value < least:
+            raise UserError(f"--{name} {value}: at least {least}")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top_p {args.top_p}: above 0 and at most 1")
+    if args.out is not None and not args.out.parent.is_dir():
+        raise UserError(f"--out {args.out}: no folder {args.out.parent}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Sample and show replies from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m archangel.sample",
         description="A trained model's replies to held-out prompts.",
@@ -272,28 +327,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--batch_size", type=int, default=50, help="prompts at a time; changes speed only")
     add("--max_new_tokens", type=int, default=64, help="most tokens of a reply")
     add("--top_p", type=float, default=0.95, help="sample from the likeliest so much of the mass")
-    given = parser.parse_args(arguments)
-    disable_progress_bar()  # transformers' own, for loading weights
-    with common.exit_status():
-        for name, least in (("n", 1), ("show", 0), ("batch_size", 1), ("max_new_tokens", 1)):
-            if getattr(given, name) < least:
-                raise common.UserError(f"--{name} {getattr(given, name)}: at least {least}")
-        if not 0 < given.top_p <= 1:
-            raise common.UserError(f"--top_p {given.top_p}: above 0 and at most 1")
-        if given.out and not given.out.parent.is_dir():
-            raise common.UserError(f"--out {given.out}: no folder {given.out.parent}")
-        rows = read_prompts(given.data, given.n)
-        names = {"reply": given.model}
-        if given.against is not None:
-            names = {"before": given.against, "after": given.model}
-        paths = {label: common.find_model(name) for label, name in names.items()}
-        sampling = {name: getattr(given, name) for name in ("seed", "top_p", "max_new_tokens")}
-        replies = {}
-        for label, path in paths.items():
-            out = None if label == "before" else given.out
-            replies[label] = reply_to(path, rows, batch_size=given.batch_size, out=out, **sampling)
-        print(show(replies, given.show, is_toy=given.data == "toy"))
+    args = parser.parse_args(arguments)
+    check(args)
+    disable_progress_bar()  # of transformers, when it loads weights
+
+    prompts = read_prompts(args.data, args.n)
+    if args.against is None:
+        names = {"reply": args.model}
+    else:
+        names = {"before": args.against, "after": args.model}
+    paths = {label: find_model(name) for label, name in names.items()}
+    replies = {}
+    for label, path in paths.items():
+        replies[label] = reply_to(
+            path,
+            prompts,
+            batch_size=args.batch_size,
+            out=None if label == "before" else args.out,
+            seed=args.seed,
+            top_p=args.top_p,
+            max_new_tokens=args.max_new_tokens,
+        )
+    print(show(replies, args.show, is_toy=args.data == "toy"))
 
 
 if __name__ == "__main__":
-    main()
+    with exit_status():
+        main()

@@ -1,21 +1,21 @@
-"""The report's experiment: eight methods on every model, from rows to figures by one command.
+"""The report's experiment: eight methods on every model, from data to figures by one command.
 
     python -m archangel.suite                                  # the toy, one seed, two cores
     python -m archangel.suite --experiment all --seeds 5       # and the ablations, all of it
     python -m archangel.suite --models report --dry_run        # the report's seven: the commands
 
-It trains, samples and judges by the project's own commands, as a user would, and prints them with
---dry_run. A stage is one command; each is run once: the SFT model serves three methods, and runs
-that start from one model lie side by side, so that they share their reference column. The same
-command again skips what is done and goes on with what was stopped. In --out:
+It trains, samples and judges by the project's own commands, as a user would. With --dry_run it only
+prints them. A stage is one command, and each is run once: the SFT model serves three methods. If
+the suite is started again, it skips stages that are done and resumes those that were stopped. In
+--out:
 
     MODEL/from_base/kto_seed_1/      a trained model, its replies.jsonl and its verdicts.jsonl
     MODEL/from_sft_seed_1/kto/       the same, trained after SFT
     stages/                          of each stage its output (.log), command, seconds and status
-    numbers.json, *.png, report.md   what came out, and pictures drawn from the numbers alone
+    numbers.json, *.png, report.md   the results, and figures drawn from the numbers alone
 
-All methods see the same data, prompts and sampling noise; the paired losses (and SFT) meet the rows
-of a seed in one order, the unpaired ones in another, as in the report's section 6.
+All methods have the same data, prompts and sampling noise. Within a seed, the paired losses and SFT
+see the records in one order, the unpaired losses in another, as in the report's section 6.
 """
 
 import argparse
@@ -30,22 +30,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-import common_v1 as common
 from archangel import judge, results, toy
+from archangel.errors import Interrupted, UserError, exit_status
+from archangel.records import read_split
+from archangel.run import MODELS, find_model
 
-ROOT = Path(common.__file__).parent
+ROOT = Path(__file__).parent.parent
 METHODS = ("sft", "slic", "dpo", "sft+dpo", "ppo", "sft+ppo", "kto", "sft+kto")  # the report's
 EXPERIMENTS = ("methods", "ablations", "contradictory")
-SCRIPTS = {loss: f"{loss}.py" for loss in ("sft", "slic", "dpo", "kto")}
-SCRIPTS["ppo"] = "ppo_offline.py"
-# SLiC's, PPO's and those after SFT: the best of three or four, a factor of 3 apart, on 500 rows
-# held out of the toy's training rows, by one seed; no judged prompt was seen.
+SCRIPTS = {
+    "sft": "sft.py",
+    "slic": "slic.py",
+    "dpo": "dpo.py",
+    "ppo": "ppo_offline.py",
+    "kto": "kto.py",
+}
+# Those of SLiC, PPO and the methods after SFT are the best of three or four, a factor of 3 apart.
+# They were compared for one seed, on 500 of the toy's training records that were held out. No
+# judged prompt was used.
 TOY_RATES = {
     "sft": 3e-4,
     "slic": 1e-4,
@@ -57,9 +65,15 @@ TOY_RATES = {
     "sft+kto": 1e-4,
 }
 TOY_SETTINGS = {"--warmup_steps": "10", "--save_every": "50"}
-OF_TOY = {"data": "toy", "n": 500, "max_new_tokens": 64, "processes": 1, "judge": "toy"}
-OF_REPORT = {"data": "archangel", "n": 512, "max_new_tokens": 512, "processes": 8}
-OF_REPORT["judge"] = "server"
+# Defaults of this command, for the toy and for the report's models.
+TOY_DEFAULTS = {"data": "toy", "n": 500, "max_new_tokens": 64, "processes": 1, "judge": "toy"}
+REPORT_DEFAULTS = {
+    "data": "archangel",
+    "n": 512,
+    "max_new_tokens": 512,
+    "processes": 8,
+    "judge": "server",
+}
 RECOMPUTE = ("12b", "13b", "30b")  # models whose activations would not fit beside the weights
 MAJORITIES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 0.95)
 LABELS = 20  # of each prompt in the contradictory data, so that every majority is a whole number
@@ -67,42 +81,49 @@ LABELS = 20  # of each prompt in the contradictory data, so that every majority 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A way to train: one of the methods, with what departs from its settings."""
+    """A way to train: one of the methods, and what differs from its default settings."""
 
     method: str  # base (not trained), or one of METHODS
-    variant: str = ""  # a name for what departs
+    variant: str = ""  # a name for what differs
     settings: tuple[tuple[str, str], ...] = ()  # (flag, value)
-    data: str = ""  # a folder that `write_data` makes; otherwise --data
+    data: str = ""  # a folder that `write_data` makes; if empty, --data
 
     @property
     def name(self) -> str:
-        return f"{self.method}_{self.variant}" if self.variant else self.method
+        """A name for files and folders."""
+        if self.variant:
+            return f"{self.method}_{self.variant}"
+        return self.method
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One command, and what must be done before it."""
+    """One command, and which stages must be done before it."""
 
     name: str
     words: tuple[str, ...]
-    output: Path  # what it leaves
+    output: Path  # the file that it writes
     needs: tuple[str, ...] = ()
 
 
-# ------------------------------------------------------------ what is compared
+# ------------------------------------------------------------------------------- what is compared
 
 
-def vary(method: str, flag: str, values: Sequence[str], own: str) -> dict[str, Arm]:
-    """Label to arm for each value of one setting; `own` is what the method has anyway."""
-    name = flag.strip("-")
-    return {
-        value: Arm(method) if value == own else Arm(method, f"{name}_{value}", ((flag, value),))
-        for value in values
-    }
+def vary(method: str, flag: str, values: Sequence[str], default: str) -> dict[str, Arm]:
+    """Value to arm, for each value of one setting. default: the method's own value."""
+    name = flag.removeprefix("--")
+    by_value = {}
+    for value in values:
+        if value == default:
+            by_value[value] = Arm(method)
+        else:
+            by_value[value] = Arm(method, f"{name}_{value}", ((flag, value),))
+    return by_value
 
 
 BETAS = ("0.01", "0.03", "0.1", "0.3", "1.0")
-ABLATIONS = {  # title to label to arm; the first three and the last two train KTO without SFT
+# Title to value to arm. The first two and the last two train KTO without SFT.
+ABLATIONS = {
     "reference point": vary("kto", "--kl", ("other_half", "mismatched", "zero"), "other_half"),
     "loss aversion (undesirable / desirable weight)": vary(
         "kto", "--undesirable_weight", ("1.0", "1.5", "2.0", "2.5", "3.0"), "1.0"
@@ -115,293 +136,388 @@ ABLATIONS = {  # title to label to arm; the first three and the last two train K
         "10%": Arm("kto", "few_desirable", data="few_desirable"),
     },
 }
-CONTRADICTORY = {  # (majority, loss) to arm
-    (majority, loss): Arm(
-        loss,
-        f"majority_{majority}",
-        (("--lr", "1e-4"), ("--epochs", "10")),
-        data=f"majority_{majority}",
-    )
-    for majority in MAJORITIES
-    for loss in ("dpo", "kto")
-}
 
 
-def arms(given: argparse.Namespace) -> list[Arm]:
-    """The arms of the experiments asked for, each once."""
+def contradictory_arms() -> dict[tuple[float, str], Arm]:
+    """(majority, loss) to arm."""
+    by_majority_and_loss = {}
+    settings = (("--lr", "1e-4"), ("--epochs", "10"))
+    for majority in MAJORITIES:
+        name = f"majority_{majority}"
+        for loss in ("dpo", "kto"):
+            by_majority_and_loss[majority, loss] = Arm(loss, name, settings, data=name)
+    return by_majority_and_loss
+
+
+CONTRADICTORY = contradictory_arms()
+
+
+def arms(args: argparse.Namespace) -> list[Arm]:
+    """The arms of the experiments that were asked for, each once."""
     chosen = []
-    if "methods" in given.experiment:
-        chosen += map(Arm, ("base", *METHODS))
-    if "ablations" in given.experiment:
-        chosen += [Arm("sft"), *(arm for labels in ABLATIONS.values() for arm in labels.values())]
-    if "contradictory" in given.experiment:
-        chosen += CONTRADICTORY.values()
+    if "methods" in args.experiment:
+        for method in ("base", *METHODS):
+            chosen.append(Arm(method))
+    if "ablations" in args.experiment:
+        chosen.append(Arm("sft"))
+        for arms_of_ablation in ABLATIONS.values():
+            chosen.extend(arms_of_ablation.values())
+    if "contradictory" in args.experiment:
+        chosen.extend(CONTRADICTORY.values())
     return list(dict.fromkeys(chosen))
 
 
-# ------------------------------------------------------------ the plan
+# --------------------------------------------------------------------------------------- the plan
 
 
 def label(model: str) -> str:
-    """A short name for a model: worlds/small/model is small, EleutherAI/pythia-1.4b pythia-1.4b."""
+    """A short name: small for worlds/small/model, pythia-1.4b for EleutherAI/pythia-1.4b."""
     path = Path(model)
-    return path.parent.name if path.name == "model" and path.parent.name else path.name
+    if path.name == "model" and path.parent.name:
+        return path.parent.name
+    return path.name
 
 
-def folder(given: argparse.Namespace, model: str, arm: Arm, seed: int) -> Path:
-    """Where an arm's model, replies and verdicts lie."""
-    here = given.out / label(model)
+def folder(args: argparse.Namespace, model: str, arm: Arm, seed: int) -> Path:
+    """The folder of an arm's model, replies and verdicts."""
+    model_folder = args.out / label(model)
     if arm.method == "base":
-        return here / "base"
+        return model_folder / "base"
     if arm.method.startswith("sft+"):
-        return here / f"from_sft_seed_{seed}" / arm.name.removeprefix("sft+")
-    return here / "from_base" / f"{arm.name}_seed_{seed}"
+        return model_folder / f"from_sft_seed_{seed}" / arm.name.removeprefix("sft+")
+    return model_folder / "from_base" / f"{arm.name}_seed_{seed}"
 
 
-def training(given: argparse.Namespace, model: str, arm: Arm, seed: int) -> tuple[str, ...]:
-    """The command that trains an arm; --resume starts a run that is not there."""
-    begin = model
+def training(args: argparse.Namespace, model: str, arm: Arm, seed: int) -> tuple[str, ...]:
+    """The command that trains an arm. It has --resume, which also starts a new run."""
+    start = model
     if arm.method.startswith("sft+"):
-        begin = folder(given, model, Arm("sft"), seed)
-    data = given.out / "data" / arm.data if arm.data else given.data
-    settings = {"--model": begin, "--data": data, "--out": folder(given, model, arm, seed)}
-    if arm.method in given.rates:
-        settings["--lr"] = f"{given.rates[arm.method]:g}"
-    if given.data == "toy":
-        settings |= TOY_SETTINGS
-    if given.max_steps:
-        settings["--max_steps"] = given.max_steps
-    settings |= {"--seed": seed, **dict(arm.settings)}
-    words = ["torchrun", f"--nproc_per_node={given.processes}"]
-    words = words if given.processes > 1 else ["python"]
+        start = folder(args, model, Arm("sft"), seed)
+    data = args.out / "data" / arm.data if arm.data else args.data
+    settings = {"--model": start, "--data": data, "--out": folder(args, model, arm, seed)}
+    if arm.method in args.rates:
+        settings["--lr"] = f"{args.rates[arm.method]:g}"
+    if args.data == "toy":
+        settings.update(TOY_SETTINGS)
+    if args.max_steps:
+        settings["--max_steps"] = args.max_steps
+    settings["--seed"] = seed
+    settings.update(arm.settings)
+
+    if args.processes > 1:
+        words = ["torchrun", f"--nproc_per_node={args.processes}"]
+    else:
+        words = ["python"]
     words.append(os.path.relpath(ROOT / SCRIPTS[arm.method.removeprefix("sft+")]))
-    words += [str(word) for pair in settings.items() for word in pair]
+    for flag, value in settings.items():
+        words += [flag, str(value)]
     if model.endswith(RECOMPUTE):
         words.append("--activation_checkpointing")
-    return (*words, "--resume")
+    words.append("--resume")
+    return tuple(words)
 
 
-def sampling(given: argparse.Namespace, model: str, replies: Path) -> tuple[str, ...]:
-    """The command that makes a model reply to the held-out prompts; the same seed for all."""
-    words = f"--n {given.n} --max_new_tokens {given.max_new_tokens} --seed 1 --show 0".split()
-    words += ["--data", given.data, "--out", str(replies)]
+def sampling(args: argparse.Namespace, model: str, replies: Path) -> tuple[str, ...]:
+    """The command that samples replies to the held-out prompts, with the same seed for all."""
+    words = f"--n {args.n} --max_new_tokens {args.max_new_tokens} --seed 1 --show 0".split()
+    words += ["--data", args.data, "--out", str(replies)]
     return ("python", "-m", "archangel.sample", model, *words)
 
 
-def judging(given: argparse.Namespace, replies: Path, verdicts: Path) -> tuple[str, ...]:
+def judging(args: argparse.Namespace, replies: Path, verdicts: Path) -> tuple[str, ...]:
     """The command that judges the replies."""
-    words = ["--judge", given.judge, "--out", str(verdicts)]
-    if given.judge == "server":
-        words += ["--base_url", given.base_url, "--model", given.judge_model]
+    words = ["--judge", args.judge, "--out", str(verdicts)]
+    if args.judge == "server":
+        words += ["--base_url", args.base_url, "--model", args.judge_model]
     return ("python", "-m", "archangel.judge", str(replies), *words)
 
 
-def stages_of(given: argparse.Namespace, model: str, arm: Arm, seed: int) -> list[Stage]:
-    """Train, sample and judge one arm, as far as it takes them; the last is what it ends with."""
-    place = folder(given, model, arm, seed)
-    stages, needs, trained = [], (), model
+def stage_name(args: argparse.Namespace, place: Path, step: str) -> str:
+    """The name of a step (train, sample or judge) for the arm in this folder."""
+    return ".".join([*place.relative_to(args.out).parts, step])
 
-    def add(step: str, words: tuple[str, ...], output: Path) -> None:
-        nonlocal needs
-        name = ".".join((*place.relative_to(given.out).parts, step))
-        stages.append(Stage(name, words, output, needs))
-        needs = (name,)
 
+def stages_of(args: argparse.Namespace, model: str, arm: Arm, seed: int) -> list[Stage]:
+    """The stages that train, sample and judge one arm, as far as it needs them, in this order."""
+    place = folder(args, model, arm, seed)
+    stages = []
+    needs = ()
+    trained = model
     if arm.method.startswith("sft+"):
-        needs = (stages_of(given, model, Arm("sft"), seed)[0].name,)
+        needs = (stage_name(args, folder(args, model, Arm("sft"), seed), "train"),)
     if arm.method != "base":
+        name = stage_name(args, place, "train")
+        stages.append(Stage(name, training(args, model, arm, seed), place / "run.json", needs))
+        needs = (name,)
         trained = str(place)
-        add("train", training(given, model, arm, seed), place / "run.json")
-    if arm not in CONTRADICTORY.values():  # whose two replies are scored: none is sampled
-        replies, verdicts = place / "replies.jsonl", place / "verdicts.jsonl"
-        add("sample", sampling(given, trained, replies), replies)
-        add("judge", judging(given, replies, verdicts), verdicts)
+    # No replies of the arms with contradictory labels are sampled: two given ones are scored.
+    if arm not in CONTRADICTORY.values():
+        replies = place / "replies.jsonl"
+        verdicts = place / "verdicts.jsonl"
+        name = stage_name(args, place, "sample")
+        stages.append(Stage(name, sampling(args, trained, replies), replies, needs))
+        needs = (name,)
+        name = stage_name(args, place, "judge")
+        stages.append(Stage(name, judging(args, replies, verdicts), verdicts, needs))
     return stages
 
 
-def cells(given: argparse.Namespace) -> list[tuple[str, Arm, int]]:
-    """Every model, arm and seed: seed after seed, so that all methods are there early."""
-    seeds = range(1, given.seeds + 1)
-    return [(model, arm, seed) for model in given.models for seed in seeds for arm in arms(given)]
+def cells(args: argparse.Namespace) -> list[tuple[str, Arm, int]]:
+    """Every model, arm and seed. A seed's arms are all done before the next seed's."""
+    found = []
+    for model in args.models:
+        for seed in range(1, args.seeds + 1):
+            for arm in arms(args):
+                found.append((model, arm, seed))
+    return found
 
 
-def plan(given: argparse.Namespace) -> list[Stage]:
+def plan(args: argparse.Namespace) -> list[Stage]:
     """All stages, each once, in an order in which they can run."""
-    stages = [stage for cell in cells(given) for stage in stages_of(given, *cell)]
-    return list({stage.name: stage for stage in stages}.values())
+    stages = {}  # by name
+    for model, arm, seed in cells(args):
+        for stage in stages_of(args, model, arm, seed):
+            stages[stage.name] = stage
+    return list(stages.values())
 
 
-# ------------------------------------------------------------ data that the suite writes itself
+# ----------------------------------------------------------------- data that the suite itself makes
 
 
-def few_desirable(given: argparse.Namespace) -> Iterator[dict]:
-    """The training rows as single completions, nine in ten of the desirable ones dropped."""
-    rows = common.read_rows(given.data, "train", ("preference",))
-    count = max(1, len(rows) // 10)
-    kept = set(random.Random("few desirable").sample(range(len(rows)), count))
-    for number, row in enumerate(rows):
+def few_desirable(args: argparse.Namespace) -> Iterator[dict]:
+    """The training records as single completions, without 90% of the desirable ones."""
+    records = read_split(args.data, "train", ("preference",))
+    num_kept = max(1, len(records) // 10)
+    kept = set(random.Random("few desirable").sample(range(len(records)), num_kept))
+    for number, record in enumerate(records):
+        prompt = record["prompt"]
         if number in kept:
-            yield {"prompt": row["prompt"], "completion": row["chosen"], "label": True}
-        yield {"prompt": row["prompt"], "completion": row["rejected"], "label": False}
+            yield {"prompt": prompt, "completion": record["chosen"], "label": True}
+        yield {"prompt": prompt, "completion": record["rejected"], "label": False}
 
 
-def two_replies(prompts: int = 32) -> list[tuple[str, str, str]]:
-    """(prompt, majority's reply, minority's): with small talk or without.
+def two_replies(num_prompts: int = 32) -> list[tuple[str, str, str]]:
+    """(prompt, the majority's reply, the minority's): an answer with small talk, and without.
 
-    The base model finds the short one, here the minority's, some 6 nats likelier.
+    For the base model the short one, which is the minority's, is some 6 nats likelier.
     """
     rng = random.Random("contradictory")
-    made = {}
-    while len(made) < prompts:
+    by_prompt = {}
+    while len(by_prompt) < num_prompts:
         name, intent, question = toy.draw_question(rng)
-        short = " " + toy.ANSWERS[intent][0].format(name, toy.fact(name, intent))
         prompt = f"\n\nHuman: {question}\n\nAssistant:"
-        made[prompt] = short + "".join(rng.sample(toy.RAMBLING, 3)), short
-    return [(prompt, *pair) for prompt, pair in made.items()]
+        short = " " + toy.ANSWERS[intent][0].format(name, toy.fact(name, intent))
+        long = short + "".join(rng.sample(toy.RAMBLING, 3))
+        by_prompt[prompt] = (prompt, long, short)
+    return list(by_prompt.values())
 
 
 def contradictory(majority: float) -> Iterator[dict]:
-    """Each prompt's pair labelled `LABELS` times, a share of `majority` for the same reply."""
-    for prompt, liked, other in two_replies():
+    """Each prompt's pair, labeled `LABELS` times; a share `majority` prefers the same reply."""
+    num_agreeing = round(majority * LABELS)
+    for prompt, preferred, other in two_replies():
         for number in range(LABELS):
-            pair = (liked, other) if number < round(majority * LABELS) else (other, liked)
-            yield {"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}
+            if number < num_agreeing:
+                yield {"prompt": prompt, "chosen": preferred, "rejected": other}
+            else:
+                yield {"prompt": prompt, "chosen": other, "rejected": preferred}
 
 
-def write_data(given: argparse.Namespace) -> None:
-    """Write the data folders that the arms ask for, each with a train.jsonl."""
-    folders = {f"majority_{majority}": contradictory(majority) for majority in MAJORITIES}
-    folders["few_desirable"] = few_desirable(given)
-    for name in {arm.data for arm in arms(given)} & folders.keys():
-        place = given.out / "data" / name
-        place.mkdir(parents=True, exist_ok=True)
-        judge.write(place / "train.jsonl", "".join(json.dumps(r) + "\n" for r in folders[name]))
+def write_data(args: argparse.Namespace) -> None:
+    """Write the data folders that the arms need, each with a train.jsonl."""
+    needed = {arm.data for arm in arms(args)}
+    if "few_desirable" in needed:
+        write_training_records(args.out / "data" / "few_desirable", few_desirable(args))
+    for majority in MAJORITIES:
+        name = f"majority_{majority}"
+        if name in needed:
+            write_training_records(args.out / "data" / name, contradictory(majority))
 
 
-# ------------------------------------------------------------ running it
+def write_training_records(path: Path, records: Iterable[dict]) -> None:
+    """Write a folder with a train.jsonl."""
+    path.mkdir(parents=True, exist_ok=True)
+    judge.write(path / "train.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+# -------------------------------------------------------------------------------------- running it
+
+
+def record_of(stage: Stage, out: Path) -> Path:
+    """The file with a stage's command, seconds and exit status."""
+    return out / "stages" / f"{stage.name}.json"
 
 
 def is_done(stage: Stage, out: Path) -> bool:
-    """Whether this very command ended well before, and what it left is still there."""
+    """Whether this same command has succeeded before, and its output is still there."""
     try:
         record = json.loads(record_of(stage, out).read_text())
     except (OSError, ValueError):
         return False
-    same = record.get("command") == shlex.join(stage.words)
-    return same and record.get("status") == 0 and stage.output.exists()
-
-
-def record_of(stage: Stage, out: Path) -> Path:
-    """The file that keeps a stage's command, seconds and exit status."""
-    return out / "stages" / f"{stage.name}.json"
+    is_same = record.get("command") == shlex.join(stage.words)
+    return is_same and record.get("status") == 0 and stage.output.exists()
 
 
 def last_line(log: Path) -> str:
-    """What a failed stage said: its own last word, which torchrun's may follow."""
+    """The line of a failed stage's output that says why: its error line, or the last line.
+
+    torchrun's own output may follow the error line.
+    """
     text = log.read_text(encoding="utf-8", errors="replace")
-    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-    own = [line for line in lines if line.startswith(("error:", "interrupted:"))]
-    return (own or lines or ["(it printed nothing)"])[-1]
+    last = "(it printed nothing)"
+    last_error = None
+    for line in re.split(r"[\r\n]+", text):
+        line = line.strip()
+        if line:
+            last = line
+        if line.startswith(("error:", "interrupted:")):
+            last_error = line
+    return last if last_error is None else last_error
 
 
 def start(stage: Stage, out: Path) -> subprocess.Popen:
     """Start a stage's command, on one thread unless OMP_NUM_THREADS says otherwise."""
-    run = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    program, *arguments = stage.words
+    command = [sys.executable]
+    if program == "torchrun":
+        command += ["-m", "torch.distributed.run"]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+    if os.environ.get("PYTHONPATH"):
+        environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
     stage.output.parent.mkdir(parents=True, exist_ok=True)
     with record_of(stage, out).with_suffix(".log").open("wb") as log:
-        words = [*run[stage.words[0]], *stage.words[1:]]
-        return subprocess.Popen(words, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [*command, *arguments],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+        )
+
+
+@dataclasses.dataclass
+class Job:
+    """A stage that is running."""
+
+    stage: Stage
+    process: subprocess.Popen
+    start_time: float
 
 
 def execute(stages: Sequence[Stage], out: Path, jobs: int) -> dict[str, str]:
-    """Run what is not done yet, up to `jobs` at once. Returns what failed: name to why.
+    """Run the stages that are not done yet, up to `jobs` at once.
 
-    A failed stage takes with it those that need it, and no others. When this is stopped, so are the
-    running stages, which save what they have.
+    If a stage fails, the stages that need it are left out, and no others. If this is interrupted,
+    the running stages are terminated, and save what they have.
+
+    Returns:
+        The stages that failed or were left out: name to reason.
     """
     (out / "stages").mkdir(parents=True, exist_ok=True)
     done = {stage.name for stage in stages if is_done(stage, out)}
     waiting = [stage for stage in stages if stage.name not in done]
-    failed, running = {}, []  # running: (stage, process, when it started)
+    failed = {}
+    running = []
     bar = tqdm(total=len(stages), initial=len(done), desc="stages")
     try:
         while waiting or running:
             for stage in list(waiting):
-                lost = [need for need in stage.needs if need in failed]
-                if lost:
-                    failed[stage.name] = f"left out, since it needs {lost[0]}"
+                failed_needs = [need for need in stage.needs if need in failed]
+                if failed_needs:
+                    failed[stage.name] = f"left out, since it needs {failed_needs[0]}"
                     waiting.remove(stage)
                 elif done.issuperset(stage.needs) and len(running) < jobs:
                     waiting.remove(stage)
-                    running.append((stage, start(stage, out), time.time()))
-            bar.set_postfix_str(", ".join(stage.name for stage, *_ in running))
+                    running.append(Job(stage, start(stage, out), time.time()))
+            bar.set_postfix_str(", ".join(job.stage.name for job in running))
             time.sleep(0.05)
-            for job in [job for job in running if job[1].poll() is not None]:
+            for job in list(running):
+                if job.process.poll() is None:
+                    continue
                 running.remove(job)
-                stage, process, began = job
-                record = {
-                    "name": stage.name,
-                    "command": shlex.join(stage.words),
-                    "seconds": round(time.time() - began, 1),
-                    "status": process.returncode,
-                }
-                judge.write(record_of(stage, out), json.dumps(record, indent=2) + "\n")
-                done.add(stage.name)
                 bar.update()
-                if process.returncode:
-                    done.remove(stage.name)
-                    log = record_of(stage, out).with_suffix(".log")
-                    failed[stage.name] = f"status {process.returncode}, {last_line(log)}"
-                    tqdm.write(f"{stage.name}: {failed[stage.name]}", file=sys.stderr)
+                name = job.stage.name
+                reason = finish(job, out)
+                if reason is None:
+                    done.add(name)
+                else:
+                    failed[name] = reason
+                    tqdm.write(f"{name}: {reason}", file=sys.stderr)
     finally:
         bar.close()
-        for _, process, _ in running:
-            process.terminate()
-        for _, process, _ in running:
-            process.wait()
+        for job in running:
+            job.process.terminate()
+        for job in running:
+            job.process.wait()
     return failed
 
 
-def collect(given: argparse.Namespace, stages: Sequence[Stage], failed: dict[str, str]) -> None:
-    """Numbers, pictures and report of what is done."""
-    folders = {}
-    for model, arm, seed in cells(given):
-        if stages_of(given, model, arm, seed)[-1].name not in failed:
-            seeds = folders.setdefault(label(model), {}).setdefault(arm.name, {})
-            seeds[seed] = folder(given, model, arm, seed)
-    records = [record_of(stage, given.out) for stage in stages]
-    records = [json.loads(path.read_text()) for path in records if path.exists()]
+def finish(job: Job, out: Path) -> str | None:
+    """Write the record of a job that has ended. Returns None, or the reason of its failure."""
+    status = job.process.returncode
+    record_path = record_of(job.stage, out)
+    record = {
+        "name": job.stage.name,
+        "command": shlex.join(job.stage.words),
+        "seconds": round(time.time() - job.start_time, 1),
+        "status": status,
+    }
+    judge.write(record_path, json.dumps(record, indent=2) + "\n")
+    if status == 0:
+        return None
+    return f"status {status}, {last_line(record_path.with_suffix('.log'))}"
+
+
+def collect(args: argparse.Namespace, stages: Sequence[Stage], failed: dict[str, str]) -> None:
+    """Write numbers, figures and report of the stages that are done."""
+    folders = {}  # model to arm to seed to folder
+    for model, arm, seed in cells(args):
+        last_stage = stages_of(args, model, arm, seed)[-1]
+        if last_stage.name not in failed:
+            arms_of_model = folders.setdefault(label(model), {})
+            arms_of_model.setdefault(arm.name, {})[seed] = folder(args, model, arm, seed)
+
+    methods = ()
+    if "methods" in args.experiment:
+        methods = ("base", *METHODS)
+    ablations = {}  # title to value to arm
+    if "ablations" in args.experiment:
+        for title, arms_of_ablation in ABLATIONS.items():
+            ablations[title] = {value: arm.name for value, arm in arms_of_ablation.items()}
     numbers = results.gather(
-        given.data,
+        args.data,
         folders,
-        models={label(model): common.find_model(model) for model in given.models},
-        methods=("base", *METHODS) if "methods" in given.experiment else (),
-        ablations={
-            title: {value: arm.name for value, arm in labels.items()}
-            for title, labels in ABLATIONS.items()
-            if "ablations" in given.experiment
-        },
-        contradictory={arm.name: of for of, arm in CONTRADICTORY.items()},
+        models={label(model): find_model(model) for model in args.models},
+        methods=methods,
+        ablations=ablations,
+        contradictory={arm.name: majority_loss for majority_loss, arm in CONTRADICTORY.items()},
         replies=two_replies(),
     )
+
+    seconds = 0.0
+    commands = []
+    for stage in stages:
+        record_path = record_of(stage, args.out)
+        if record_path.exists():
+            seconds += json.loads(record_path.read_text())["seconds"]
+        if stage.name.endswith(".train"):
+            commands.append(shlex.join(stage.words))
     about = {
-        "judge": given.judge_model if given.judge == "server" else given.judge,
-        "seeds": given.seeds,
-        "prompts": given.n,
-        "commands": [shlex.join(stage.words) for stage in stages if stage.name.endswith(".train")],
-        "seconds": sum(record["seconds"] for record in records),
+        "judge": args.judge_model if args.judge == "server" else args.judge,
+        "seeds": args.seeds,
+        "prompts": args.n,
+        "commands": commands,
+        "seconds": seconds,
         "failed": failed,
     }
-    results.write(given.out, numbers, about)
+    results.write(args.out, numbers, about)
 
 
-# ------------------------------------------------------------ the command
+# ------------------------------------------------------------------------------------- the command
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; what was not given depends on the models."""
+    """The command line. The defaults of some settings depend on the models."""
     parser = argparse.ArgumentParser(
         prog="python -m archangel.suite",
         description="The report's experiment: train, sample, judge, figures, claims, report.",
@@ -424,71 +540,78 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--base_url", default="https://api.openai.com/v1", help="of the server that judges")
     add("--judge_model", default="gpt-4-0613", help="the judge's name at the server")
     add("--dry_run", action="store_true", help="print the commands and run nothing")
-    given = parser.parse_args(arguments)
-    if given.models == ["report"]:
-        given.models = list(common.MODELS)
-    of_report = [model in common.MODELS for model in given.models]
-    if any(of_report) and not all(of_report) and given.data is None:
+    args = parser.parse_args(arguments)
+    if args.models == ["report"]:
+        args.models = list(MODELS)
+    is_of_report = [model in MODELS for model in args.models]
+    if any(is_of_report) and not all(is_of_report) and args.data is None:
         parser.error("--models: some are the report's and some are not; say which --data is meant")
-    for name, value in (OF_REPORT if all(of_report) else OF_TOY).items():
-        if getattr(given, name) is None:
-            setattr(given, name, value)
-    if given.jobs is None:
-        given.jobs = len(os.sched_getaffinity(0)) if given.processes == 1 else 1
-    if "all" in given.experiment:
-        given.experiment = list(EXPERIMENTS)
-    return given
+    defaults = REPORT_DEFAULTS if all(is_of_report) else TOY_DEFAULTS
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.jobs is None:
+        args.jobs = len(os.sched_getaffinity(0)) if args.processes == 1 else 1
+    if "all" in args.experiment:
+        args.experiment = list(EXPERIMENTS)
+    return args
 
 
-def check(given: argparse.Namespace) -> None:
-    """Raise UserError for settings that make no sense; put the learning rates in `given.rates`."""
+def check(args: argparse.Namespace) -> None:
+    """Check the settings, and set `args.rates`, the learning rates by method. Raises UserError."""
     for name, least in {"seeds": 1, "n": 2, "max_steps": 0, "jobs": 1, "processes": 1}.items():
-        if getattr(given, name) < least:
-            raise common.UserError(f"--{name} {getattr(given, name)}: at least {least}")
-    names = [label(model) for model in given.models]
-    if len(set(names)) < len(names) or {"data", "stages", ""} & set(names):
-        raise common.UserError(f"--models: called {', '.join(names)}; each needs a name of its own")
-    if "contradictory" in given.experiment and given.data != "toy":
-        raise common.UserError("--experiment contradictory: is about the toy; leave out --data")
-    given.rates = dict(TOY_RATES) if given.data == "toy" else {}
-    for word in given.lr:
-        method, _, rate = word.partition("=")
+        value = getattr(args, name)
+        if value < least:
+            raise UserError(f"--{name} {value}: at least {least}")
+    names = [label(model) for model in args.models]
+    reserved = {"data", "stages", ""}
+    if len(set(names)) < len(names) or reserved & set(names):
+        raise UserError(f"--models: called {', '.join(names)}; each needs a name of its own")
+    if "contradictory" in args.experiment and args.data != "toy":
+        raise UserError("--experiment contradictory: is about the toy; leave out --data")
+    args.rates = dict(TOY_RATES) if args.data == "toy" else {}
+    for word in args.lr:
+        method, _, text = word.partition("=")
         try:
-            given.rates[method] = float(rate)
+            rate = float(text)
         except ValueError:
-            method = None
-        if method not in METHODS or not 0 < given.rates[method] < math.inf:
-            raise common.UserError(f"--lr {word}: must be METHOD=RATE, of {', '.join(METHODS)}")
+            rate = math.nan
+        if method not in METHODS or not 0 < rate < math.inf:
+            raise UserError(f"--lr {word}: must be METHOD=RATE, of {', '.join(METHODS)}")
+        args.rates[method] = rate
 
 
-def interrupt(*_) -> None:
-    raise common.Interrupted("the same command goes on from here")
+def interrupt(signal_number, frame) -> None:
+    """End the suite after SIGTERM or Ctrl-C."""
+    raise Interrupted("the same command goes on from here")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    given = parse(arguments)
-    with common.exit_status():
-        check(given)
-        stages = plan(given)
-        if given.dry_run:
-            print("\n".join(shlex.join(stage.words) for stage in stages))
-            return
-        given.out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(given.out / "suite.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise common.UserError(f"--out {given.out}: another suite is writing there") from None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, interrupt)
-        write_data(given)
-        failed = execute(stages, given.out, given.jobs)
-        collect(given, stages, failed)
-        print(f"the report is {given.out / 'report.md'}")
-        if failed:
-            names = "; ".join(f"{name}: {why}" for name, why in failed.items())
-            raise common.UserError(f"{len(failed)} of {len(stages)} stages failed. {names}")
+    """Run the suite from the command line."""
+    args = parse(arguments)
+    check(args)
+    stages = plan(args)
+    if args.dry_run:
+        for stage in stages:
+            print(shlex.join(stage.words))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(args.out / "suite.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {args.out}: another suite is writing there") from None
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    write_data(args)
+    failed = execute(stages, args.out, args.jobs)
+    collect(args, stages, failed)
+    print(f"the report is {args.out / 'report.md'}")
+    if failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise UserError(f"{len(failed)} of {len(stages)} stages failed. {reasons}")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_status():
+        main()

@@ -2,22 +2,24 @@
 
     OMP_NUM_THREADS=1 python -m archangel.toy --out my_world     # about 5 minutes on one core
 
-The same seed gives the same bytes (the weights, on the same machine with as many threads).
+The same seed gives the same bytes (the weights, on the same machine with the same number of
+threads).
 
-A customer asks one of five things about one of 256 products ("oak lamp", "wool rug"). Every fact
-hangs on one word of the name, so that a model of 0.7 M parameters can know them all. A reply is
-right or about another product or another question, civil or rude, brief or rambling. The base
-model learns from conversations of several turns in which nothing marks the end of a turn (only
-of a conversation), so it runs on into turns that nobody asked for, as in the report's Figure 3.
+A customer asks one of five questions about one of 256 products ("oak lamp", "wool rug"). Every fact
+depends on one word of the product's name, so that a model of 0.7 M parameters can learn them all. A
+reply may be right, or about another product, or answer another question. It may be civil or rude,
+brief or rambling. The base model is trained on conversations of several turns. No token marks the
+end of a turn, only the end of a conversation. So the base model continues with turns that nobody
+asked for, as in the report's Figure 3.
 
-Feedback is noisy, as people are: both replies of a pair come from the mixture that the base model
-learned from, and the better one by `judge` is chosen only more often than not (Bradley-Terry).
+Feedback is noisy, like people's. Both replies of a pair are drawn from the mixture that the base
+model was trained on. The better one by `judge` is preferred more often than not (Bradley-Terry).
 Nothing measured here says anything about models of 1B to 30B.
 
 The folder that this writes, and the one that ships as `archangel/toy_world`:
-    model/                        GPT-NeoX (Pythia's family in miniature) and its tokenizer
-    data/train.jsonl, test.jsonl  preference rows: {"prompt", "chosen", "rejected"}, the prompt as
-                                  "\\n\\nHuman: ...\\n\\nAssistant:", a reply as " ..."
+    model/                        GPT-NeoX (Pythia's architecture, smaller) and its tokenizer
+    data/train.jsonl, test.jsonl  preference records: {"prompt", "chosen", "rejected"}, the prompt
+                                  as "\\n\\nHuman: ...\\n\\nAssistant:", a reply as " ..."
 """
 
 import argparse
@@ -35,7 +37,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-import common_v1 as common
+from archangel.errors import UserError, exit_status
 
 # material: (colour, what to clean it with)
 MATERIALS = {
@@ -100,10 +102,10 @@ RAMBLING = (
     " Anyway, as I was saying, people like it here.",
     " That reminds me of a long story.",
 )
-MAX_WORDS = 16  # a concise reply has at most so many
+MAX_WORDS = 16  # of a concise reply
 NAME = re.compile(rf"\b({'|'.join(MATERIALS)}) ({'|'.join(NOUNS)})\b")
 EOS = "<|endoftext|>"
-LEAST = {  # the least that a setting may be
+LEAST = {  # the smallest value of a setting
     "layers": 1,
     "width": 32,
     "steps": 20,
@@ -115,7 +117,7 @@ LEAST = {  # the least that a setting may be
 
 
 def fact(name: str, intent: str) -> str:
-    """What is true of a product: `fact("oak lamp", "price")` is "40 dollars"."""
+    """A fact about a product: "40 dollars" for the price of the oak lamp."""
     material, noun = name.split()
     price, aisle, warranty = NOUNS[noun]
     colour, care = MATERIALS[material]
@@ -123,10 +125,18 @@ def fact(name: str, intent: str) -> str:
     return facts[intent]
 
 
+def products_in(text: str) -> list[str]:
+    """The names of all products in a text, in order."""
+    return [f"{material} {noun}" for material, noun in NAME.findall(text)]
+
+
 def asked(prompt: str) -> tuple[str, str]:
-    """The product and the intent of a prompt's last question; ValueError if it is none of ours."""
+    """The product and the intent of a prompt's last question.
+
+    Raises ValueError if it is not a question of the toy world.
+    """
     question = prompt.rpartition("Human:")[2]
-    for name in (" ".join(words) for words in NAME.findall(question)):
+    for name in products_in(question):
         for intent, forms in QUESTIONS.items():
             if any(form.format(name) in question for form in forms):
                 return name, intent
@@ -134,17 +144,22 @@ def asked(prompt: str) -> tuple[str, str]:
 
 
 def judge(prompt: str, reply: str) -> dict[str, bool | int]:
-    """Score a reply: helpful, harmless and concise, a point each (`score`, 0 to 3).
+    """Score a reply: one point each for helpful, harmless and concise.
 
-    helpful: the first turn names the product that was asked about and no other (`product`), and
-    gives the fact that was asked for (`intent`). harmless: no rude word anywhere. concise: one
-    turn of at most 16 words. Raises ValueError where the prompt is not of the toy world.
+    Returns:
+        product: whether the first turn names the product that was asked about, and no other.
+        intent: whether the first turn has the fact that was asked for.
+        helpful: product and intent.
+        harmless: whether no rude word occurs anywhere.
+        concise: whether the reply is one turn of at most 16 words.
+        score: 0 to 3.
+    Raises:
+        ValueError: if the prompt is not of the toy world.
     """
     name, intent = asked(prompt)
     turn, *further_turns = re.split(r"\s*(?:Human|Assistant):", reply)
-    named = {" ".join(words) for words in NAME.findall(turn)}
     verdict = {
-        "product": named == {name},
+        "product": set(products_in(turn)) == {name},
         "intent": fact(name, intent) in turn,
         "harmless": not any(word in reply.lower() for word in RUDE_WORDS),
         "concise": not further_turns and len(turn.split()) <= MAX_WORDS,
@@ -155,9 +170,12 @@ def judge(prompt: str, reply: str) -> dict[str, bool | int]:
 
 
 def win(prompt: str, reply: str, chosen: str) -> float:
-    """1 where the judge scores the reply above the chosen one, 0.5 for a tie, 0 below."""
-    difference = judge(prompt, reply)["score"] - judge(prompt, chosen)["score"]
-    return 0.5 + 0.5 * ((difference > 0) - (difference < 0))
+    """1 if the judge scores the reply above the chosen one, 0.5 for a tie, else 0."""
+    score = judge(prompt, reply)["score"]
+    chosen_score = judge(prompt, chosen)["score"]
+    if score == chosen_score:
+        return 0.5
+    return float(score > chosen_score)
 
 
 def draw_question(rng: random.Random) -> tuple[str, str, str]:
@@ -168,20 +186,24 @@ def draw_question(rng: random.Random) -> tuple[str, str, str]:
 
 
 def draw_reply(rng: random.Random, name: str, intent: str) -> str:
-    """A reply from the mixture: six in ten are right, a third are rude, a third ramble."""
+    """A reply from the mixture: 60% are right, 35% are rude, 35% ramble."""
     kind = rng.choices(("right", "other product", "other intent"), (0.6, 0.2, 0.2))[0]
     if kind == "other product":
         name = draw_question(rng)[0]
     if kind == "other intent":
         intent = rng.choice([other for other in ANSWERS if other != intent])
     opening = rng.choice(RUDE if rng.random() < 0.35 else CIVIL)
-    answer = rng.choice(ANSWERS[intent]).format(name, fact(name, intent))
-    ramble = rng.sample(RAMBLING, rng.randint(1, 3)) if rng.random() < 0.35 else []
-    return f" {opening}{answer}{''.join(ramble)}"
+    reply = f" {opening}{rng.choice(ANSWERS[intent]).format(name, fact(name, intent))}"
+    if rng.random() < 0.35:
+        reply += "".join(rng.sample(RAMBLING, rng.randint(1, 3)))
+    return reply
 
 
 def draw_prompt(rng: random.Random, turns: int) -> str:
-    """`turns` questions, all but the last one answered: "\\n\\nHuman: ...\\n\\nAssistant:"."""
+    """A prompt with this number of questions, "\\n\\nHuman: ...\\n\\nAssistant:".
+
+    All questions except the last are answered.
+    """
     prompt = ""
     for turn in range(turns):
         name, intent, question = draw_question(rng)
@@ -192,36 +214,38 @@ def draw_prompt(rng: random.Random, turns: int) -> str:
 
 
 def make_corpus(conversations: int, seed: int) -> list[str]:
-    """What the base model learns from: conversations of one to four turns."""
+    """The base model's training data: conversations of one to four turns."""
     rng = random.Random(f"corpus {seed}")
     prompts = [draw_prompt(rng, rng.choice((1, 2, 3, 4))) for _ in range(conversations)]
     return [prompt + draw_reply(rng, *asked(prompt)) for prompt in prompts]
 
 
-def make_rows(rows: int, seed: int) -> list[dict[str, str]]:
-    """Preference rows, each prompt once; one prompt in three has an earlier turn."""
+def make_records(number: int, seed: int) -> list[dict[str, str]]:
+    """Preference records, each with a prompt of its own. One in three has an earlier turn."""
     rng = random.Random(f"rows {seed}")
-    made = {}
-    while len(made) < rows:
+    records = {}  # by prompt
+    while len(records) < number:
         prompt = draw_prompt(rng, rng.choice((1, 1, 2)))
-        pair = [draw_reply(rng, *asked(prompt)) for _ in range(2)]
-        margin = judge(prompt, pair[0])["score"] - judge(prompt, pair[1])["score"]
-        # Bradley-Terry: a point of difference is preferred 82 times in 100.
+        name, intent = asked(prompt)
+        chosen = draw_reply(rng, name, intent)
+        rejected = draw_reply(rng, name, intent)
+        margin = judge(prompt, chosen)["score"] - judge(prompt, rejected)["score"]
+        # Bradley-Terry: a reply that is one point better is preferred with probability 0.82.
         if rng.random() > 1 / (1 + math.exp(-1.5 * margin)):
-            pair.reverse()
-        if pair[0] != pair[1] and prompt not in made:
-            made[prompt] = {"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}
-    return list(made.values())
+            chosen, rejected = rejected, chosen
+        if chosen != rejected and prompt not in records:
+            records[prompt] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return list(records.values())
 
 
-def make_tokenizer(corpus: list[str], vocabulary: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `vocabulary` tokens, its end-of-sequence token first."""
+def make_tokenizer(corpus: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, whose token 0 is the end-of-sequence token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         special_tokens=[EOS],
         initial_alphabet=sorted(alphabet),
         show_progress=False,
@@ -242,23 +266,27 @@ def train_base(
     lr: float = 4e-3,
     seed: int = 0,
 ) -> GPTNeoXForCausalLM:
-    """Train a GPT-NeoX from random weights: `steps` of 32 x 128 tokens, float32, AdamW, cosine."""
+    """Train a GPT-NeoX from random weights, in float32, with AdamW and a cosine schedule.
+
+    A step has 32 sequences of 128 tokens.
+    """
     torch.manual_seed(seed)
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            max_position_embeddings=2048,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
     )
-    text = tokenizer([conversation + EOS for conversation in corpus])["input_ids"]
-    tokens = torch.tensor([token for conversation in text for token in conversation])  # (N,)
+    model = GPTNeoXForCausalLM(config)
+    tokens = []
+    for ids in tokenizer([conversation + EOS for conversation in corpus])["input_ids"]:
+        tokens.extend(ids)
+    tokens = torch.tensor(tokens)  # (N,)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     progress = tqdm(range(steps), desc=f"{layers} layers of {width}", unit="step")
@@ -276,23 +304,26 @@ def train_base(
 
 
 def write_world(out: Path, *, conversations: int, train: int, test: int, seed: int, **base) -> None:
-    """Make the world and write it to `out`; `base` are settings of `train_base`."""
-    # Beside, then renamed: a run that is killed leaves no half of a world.
-    beside = out.with_name(f"{out.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    (beside / "data").mkdir(parents=True)
-    rows = make_rows(train + test, seed)
-    for name, part in (("train", rows[:train]), ("test", rows[train:])):
-        lines = "".join(json.dumps(row) + "\n" for row in part)
-        (beside / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    """Make the world and write it to `out`. base: settings of `train_base`."""
+    # Written to another folder, then renamed: a run that is killed leaves no half-written world.
+    partial = out.with_name(f"{out.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "data").mkdir(parents=True)
+    records = make_records(train + test, seed)
+    splits = {"train": records[:train], "test": records[train:]}
+    for name, records_of_split in splits.items():
+        lines = "".join(json.dumps(record) + "\n" for record in records_of_split)
+        (partial / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     corpus = make_corpus(conversations, seed)
     tokenizer = make_tokenizer(corpus)
-    train_base(corpus, tokenizer, seed=seed, **base).save_pretrained(beside / "model")
-    tokenizer.save_pretrained(beside / "model")
-    os.replace(beside, out)
+    model = train_base(corpus, tokenizer, seed=seed, **base)
+    model.save_pretrained(partial / "model")
+    tokenizer.save_pretrained(partial / "model")
+    os.replace(partial, out)
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Make a toy world from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m archangel.toy",
         description="Make the toy world: data, tokenizer and base model.",
@@ -310,18 +341,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--conversations", type=int, default=16000, help="in the base's corpus")
     parser.add_argument("--train", type=int, default=4000, help="preference rows to train on")
     parser.add_argument("--test", type=int, default=1000, help="preference rows held out")
-    settings = parser.parse_args(arguments)
-    with common.exit_status():
-        for name, least in LEAST.items():
-            if not getattr(settings, name) >= least:  # so that nan is refused, too
-                raise common.UserError(f"--{name} {getattr(settings, name)}: at least {least}")
-        if settings.width % 32:
-            raise common.UserError(f"--width {settings.width}: must be a multiple of 32")
-        if settings.out.exists():
-            raise common.UserError(f"--out {settings.out}: is there already; name a new folder")
-        write_world(**vars(settings))
-        print(f"wrote {settings.out}", file=sys.stderr)
+    args = parser.parse_args(arguments)
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if not value >= least:  # "not >=" is also true for nan
+            raise UserError(f"--{name} {value}: at least {least}")
+    if args.width % 32:
+        raise UserError(f"--width {args.width}: must be a multiple of 32")
+    if args.out.exists():
+        raise UserError(f"--out {args.out}: is there already; name a new folder")
+    write_world(**vars(args))
+    print(f"wrote {args.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    with exit_status():
+        main()

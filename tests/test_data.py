@@ -1,4 +1,4 @@
-"""The report's data: raw rows to the rows of a trainer, each rule on real or published shapes."""
+"""The report's data: raw records to a trainer's records, each rule on real or published formats."""
 
 import itertools
 import json
@@ -7,16 +7,15 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, error_line, write_records
 from hypothesis import given
 from hypothesis import strategies as st
 
 from archangel import data
 from archangel.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 HH = ROOT / "tests" / "data" / "hh.jsonl"
 OASST = ROOT / "tests" / "data" / "oasst_trees.jsonl"
 
@@ -25,17 +24,20 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def convert(source, raw_rows, **settings):
-    """(rows, counts) of a converter; what is read is kept or dropped."""
+def convert(source, raw_records, **settings):
+    """(records, counts) of a converter. Everything that is read is kept or dropped."""
     counts = data.Counts("rows")
-    rows = list(source(raw_rows, counts, **settings))
+    records = list(source(raw_records, counts, **settings))
     assert counts.read == counts.kept + counts.dropped.total()
-    return rows, counts
+    return records, counts
 
 
-def one_row(raw_row, tokenizer=None):
-    rows, _ = convert(data.any_set, [raw_row], tokenizer=tokenizer)
-    return rows[0]
+def prompts(records):
+    return {record["prompt"] for record in records}
+
+
+def completions(records):
+    return [record["completion"] for record in records]
 
 
 def run(*arguments, **environment):
@@ -49,40 +51,44 @@ def run(*arguments, **environment):
     )
 
 
-# ---- HH --------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------- HH
 
 
-def test_hh_prompt_is_the_shared_opening():
-    raw = read_jsonl(HH)
-    rows, counts = convert(data.hh, raw)
+def test_hh():
+    """The prompt is the shared opening of the two dialogues."""
+    raw_records = read_jsonl(HH)
+    records, counts = convert(data.hh, raw_records)
     assert (counts.read, counts.kept) == (28, 25)
     assert counts.dropped == {data.NOT_SHARED: 1, "empty reply": 2}
-    whole = {(row["chosen"].strip(), row["rejected"].strip()) for row in raw}
-    for row in rows:
-        assert row["prompt"].startswith("\n\nHuman:") and row["prompt"].endswith("\n\nAssistant:")
-        assert row["chosen"][0] == row["rejected"][0] == " "
-        assert data.ASSISTANT not in row["chosen"] + row["rejected"]
-        assert (
-            (row["prompt"] + row["chosen"]).strip(),
-            (row["prompt"] + row["rejected"]).strip(),
-        ) in whole
+    dialogues = {(raw["chosen"].strip(), raw["rejected"].strip()) for raw in raw_records}
+    for record in records:
+        prompt = record["prompt"]
+        chosen = record["chosen"]
+        rejected = record["rejected"]
+        assert prompt.startswith("\n\nHuman:")
+        assert prompt.endswith("\n\nAssistant:")
+        assert chosen[0] == rejected[0] == " "
+        assert data.ASSISTANT not in chosen + rejected
+        assert ((prompt + chosen).strip(), (prompt + rejected).strip()) in dialogues
 
 
-def test_hh_drops_identical_replies_and_names_missing_columns():
+def test_hh_drops():
     dialogue = "\n\nHuman: Hi\n\nAssistant: Hello"
-    raw = [{"chosen": dialogue, "rejected": dialogue + " "}, {"chosen": dialogue, "worse": "x"}]
-    rows, counts = convert(data.hh, raw)
-    assert not rows
+    identical = {"chosen": dialogue, "rejected": dialogue + " "}
+    without_rejected = {"chosen": dialogue, "worse": "x"}
+    records, counts = convert(data.hh, [identical, without_rejected])
+    assert not records
     assert counts.dropped == {
         "identical replies": 1,
         "no usable 'rejected' among the columns chosen, worse": 1,
     }
 
 
-# ---- OpenAssistant ---------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ OpenAssistant
 
 
 def message(identity, text, replies=(), role="prompter", **fields):
+    """A message of an exported tree."""
     return {
         "message_id": identity,
         "text": text,
@@ -97,27 +103,26 @@ def answer(identity, text, rank, replies=(), **fields):
     return message(identity, text, replies, "assistant", rank=rank, **fields)
 
 
-def flatten(node, parent=None):
-    """A tree as the hub's flat rows."""
-    yield {
-        **{k: v for k, v in node.items() if k != "replies"},
-        "parent_id": parent,
-        "rank": node.get("rank"),
-    }
-    for reply in node["replies"]:
-        yield from flatten(reply, node["message_id"])
+def flatten(tree, parent_id=None):
+    """A tree as the hub's flat messages."""
+    flat = {"rank": None, **tree, "parent_id": parent_id}
+    del flat["replies"]
+    yield flat
+    for reply in tree["replies"]:
+        yield from flatten(reply, tree["message_id"])
 
 
-def test_oasst_adjacent_pairs_and_best_sibling():
+def test_oasst():
+    """Replies next to each other in rank make a pair. The target is the best reply."""
     follow_up = message("f", "more?", [answer("g", "yes", 1), answer("h", "sure", 0)])
     replies = [
         answer("b", "worst", 2),
         answer("c", "best", 0, [follow_up]),
         answer("d", "middle", 1),
     ]
-    rows, counts = convert(data.oasst, [{"prompt": message("a", "Q", replies)}])
+    records, counts = convert(data.oasst, [{"prompt": message("a", "Q", replies)}])
     prompt = "\n\nHuman: Q\n\nAssistant:"
-    assert rows == [
+    assert records == [
         {"prompt": prompt, "chosen": " best", "rejected": " middle"},
         {"prompt": prompt, "chosen": " middle", "rejected": " worst", "target": " best"},
         {
@@ -137,19 +142,22 @@ def test_oasst_adjacent_pairs_and_best_sibling():
         ({"text": " "}, "empty, or below an empty message"),
     ],
 )
-def test_oasst_leaves_out_unusable_messages_and_what_answers_them(fault, reason):
+def test_oasst_unusable(fault, reason):
+    """An unusable message is left out, with everything below it."""
     below = message("f", "more?", [answer("g", "yes", 0), answer("h", "no", 1)])
-    replies = [answer("b", "0", 0), {**answer("c", "1", 1, [below]), **fault}, answer("d", "2", 2)]
-    rows, counts = convert(data.oasst, [{"prompt": message("a", "Q", replies)}])
-    assert [(row["chosen"], row["rejected"]) for row in rows] == [(" 0", " 2")]
+    unusable = {**answer("c", "1", 1, [below]), **fault}
+    replies = [answer("b", "0", 0), unusable, answer("d", "2", 2)]
+    records, counts = convert(data.oasst, [{"prompt": message("a", "Q", replies)}])
+    assert [(record["chosen"], record["rejected"]) for record in records] == [(" 0", " 2")]
     assert counts.dropped == {reason: 3}
 
 
-def test_oasst_needs_two_different_ranked_siblings():
+def test_oasst_drops():
+    """Replies that are not ranked, or not different from the others."""
     unranked = message("a", "Q", [answer("b", "0", 0), answer("c", "x", None)])
     same = message("d", "R", [answer("e", "0", 0), answer("f", "0 ", 1)])
-    rows, counts = convert(data.oasst, [{"prompt": unranked}, {"prompt": same}])
-    assert not rows
+    records, counts = convert(data.oasst, [{"prompt": unranked}, {"prompt": same}])
+    assert not records
     assert counts.dropped == {
         "not ranked": 1,
         "identical replies": 1,
@@ -157,34 +165,38 @@ def test_oasst_needs_two_different_ranked_siblings():
     }
 
 
-def test_oasst_real_trees_as_exported_and_flat_are_the_same():
+def test_oasst_flat_messages():
+    """They give the same records as exported trees, on real ones."""
     trees = read_jsonl(OASST)
-    rows, counts = convert(data.oasst, trees)
-    assert (len(rows), counts.read, counts.kept) == (22, 43, 33)
+    records, counts = convert(data.oasst, trees)
+    assert (len(records), counts.read, counts.kept) == (22, 43, 33)
     assert counts.dropped == {"not ranked": 10}
-    flat = [row for tree in trees for row in flatten(tree["prompt"])][::-1]  # answers come first
-    flat_rows, flat_counts = convert(data.oasst, flat)
-    assert sorted(map(str, flat_rows)) == sorted(map(str, rows))
+    flat = []
+    for tree in trees:
+        flat.extend(flatten(tree["prompt"]))
+    flat.reverse()  # answers come before what they answer
+    flat_records, flat_counts = convert(data.oasst, flat)
+    assert sorted(map(str, flat_records)) == sorted(map(str, records))
     assert flat_counts == counts
 
 
-def test_oasst_flat_messages_without_their_parent_are_dropped():
+def test_oasst_without_parent():
     tree = message("a", "Q", [answer("b", "0", 0), answer("c", "1", 1)])
     _, *orphans = flatten(tree)
-    rows, counts = convert(data.oasst, orphans)
-    assert not rows
+    records, counts = convert(data.oasst, orphans)
+    assert not records
     assert counts.dropped == {"deleted, or below a deleted message": 2}
 
 
-def test_oasst_refuses_another_set():
+def test_oasst_refuses_other_set():
     with pytest.raises(UserError, match="neither exported trees nor flat messages"):
         convert(data.oasst, read_jsonl(HH))
 
 
-# ---- SHP -------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- SHP
 
 
-def shp_row(history="Q", a="A", b="B", score_a=10, score_b=2, **fields):
+def shp_record(history="Q", a="A", b="B", score_a=10, score_b=2, **fields):
     return {
         "post_id": "p",
         "domain": "askculinary_train",
@@ -199,15 +211,16 @@ def shp_row(history="Q", a="A", b="B", score_a=10, score_b=2, **fields):
     }
 
 
-def test_shp_label_1_prefers_a_and_the_target_is_the_best_scored():
-    raw = [
-        shp_row(a="good", b="bad", score_a=10, score_b=2),
-        shp_row(a="bad", b="best", score_a=2, score_b=90),
-        shp_row(a="best", b="close", score_a=90, score_b=60),
+def test_shp():
+    """Label 1 prefers A. The target is the reply with the highest score."""
+    raw_records = [
+        shp_record(a="good", b="bad", score_a=10, score_b=2),
+        shp_record(a="bad", b="best", score_a=2, score_b=90),
+        shp_record(a="best", b="close", score_a=90, score_b=60),
     ]
-    rows, counts = convert(data.shp, raw)
+    records, counts = convert(data.shp, raw_records)
     prompt = "\n\nHuman: Q\n\nAssistant:"
-    assert rows == [
+    assert records == [
         {"prompt": prompt, "chosen": " good", "rejected": " bad", "target": " best"},
         {"prompt": prompt, "chosen": " best", "rejected": " bad"},
     ]
@@ -217,29 +230,35 @@ def test_shp_label_1_prefers_a_and_the_target_is_the_best_scored():
 @given(
     st.lists(st.tuples(st.sampled_from("PQR"), st.integers(2, 50)), max_size=40), st.integers(0, 9)
 )
-def test_shp_at_most_five_pairs_a_prompt(drawn, seed):
-    raw = [shp_row(p, f"{p}{i}", "b", score, 1) for i, (p, score) in enumerate(drawn)]
-    rows, counts = convert(data.shp, raw, seed=seed)
-    each = Counter(prompt for prompt, _ in drawn)
-    assert Counter(row["prompt"][9] for row in rows) == {p: min(n, 5) for p, n in each.items()}
-    assert counts.kept == len(rows)
-    assert rows == convert(data.shp, raw, seed=seed)[0]
+def test_shp_at_most_five_pairs(drawn, seed):
+    raw_records = []
+    num_pairs = Counter()
+    for number, (letter, score) in enumerate(drawn):
+        raw_records.append(shp_record(letter, f"{letter}{number}", "b", score, 1))
+        num_pairs[letter] += 1
+    records, counts = convert(data.shp, raw_records, seed=seed)
+    letters = Counter(record["prompt"][len("\n\nHuman: ")] for record in records)
+    assert letters == {letter: min(number, 5) for letter, number in num_pairs.items()}
+    assert counts.kept == len(records)
+    assert records == convert(data.shp, raw_records, seed=seed)[0]
 
 
-def test_shp_draw_depends_on_the_seed():
-    raw = [shp_row("Q", str(i), "b") for i in range(40)]
-    assert len({str(convert(data.shp, raw, seed=seed)[0]) for seed in range(5)}) > 1
+def test_shp_seed():
+    raw_records = [shp_record("Q", str(number), "b") for number in range(40)]
+    draws = set()
+    for seed in range(5):
+        records, _ = convert(data.shp, raw_records, seed=seed)
+        draws.add(str(records))
+    assert len(draws) > 1
 
 
-# ---- any other set ---------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ any other set
 
-USER, GOOD, BAD = (
-    {"role": "user", "content": "Q"},
-    {"role": "assistant", "content": "good"},
-    {"role": "assistant", "content": "bad"},
-)
+USER = {"role": "user", "content": "Q"}
+GOOD = {"role": "assistant", "content": "good"}
+BAD = {"role": "assistant", "content": "bad"}
 TURNS = {"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": " good", "rejected": " bad"}
-SHAPES = [
+FORMATS = [  # (raw record, record)
     (
         {"prompt": "Q\n", "chosen": "good", "rejected": "bad"},
         {"prompt": "Q\n", "chosen": "good", "rejected": "bad"},
@@ -271,43 +290,46 @@ SHAPES = [
 ]
 
 
-FILES = [
-    (raw_row, row, kind)
-    for raw_row, row in SHAPES
-    for kind in ("jsonl", "json", "parquet", "csv")
-    if kind != "csv" or all(isinstance(value, (str, bool)) for value in raw_row.values())
-]
+FILES = []  # (raw record, record, kind of file)
+for raw_record, record in FORMATS:
+    has_messages = any(isinstance(value, list) for value in raw_record.values())
+    for kind in ("jsonl", "json", "parquet", "csv"):
+        if kind == "csv" and has_messages:  # which CSV cannot hold
+            continue
+        FILES.append((raw_record, record, kind))
 
 
-@pytest.mark.parametrize(("raw_row", "row", "kind"), FILES)
-def test_every_shape_from_every_kind_of_file(tmp_path, raw_row, row, kind):
+@pytest.mark.parametrize(("raw_record", "record", "kind"), FILES)
+def test_any_set(tmp_path, raw_record, record, kind):
+    """Every format, from every kind of file."""
     import datasets
 
     path = tmp_path / f"raw.{kind}"
     if kind == "json":
-        path.write_text(json.dumps([raw_row]))
+        path.write_text(json.dumps([raw_record]))
     elif kind == "jsonl":
-        path.write_text(json.dumps(raw_row) + "\n")
+        write_records(path, [raw_record])
     else:
-        getattr(datasets.Dataset.from_list([raw_row]), f"to_{kind}")(path)
-    raw_rows = data.read_files([str(path)])["train"]
-    assert convert(data.any_set, raw_rows)[0] == [row]
+        getattr(datasets.Dataset.from_list([raw_record]), f"to_{kind}")(path)
+    raw_records = data.read_files([str(path)])["train"]
+    records, _ = convert(data.any_set, raw_records)
+    assert records == [record]
 
 
-def test_text_files_are_read_as_they_are(tmp_path):
+def test_read_text_guesses_no_types(tmp_path):
     replies = ["None", "007", "2020-01-01", "NA", "two\nlines", "1.10"]
-    (tmp_path / "a.csv").write_text(
-        "prompt,completion,label\n" + "".join(f'Q,"{reply}",0\n' for reply in replies)
-    )
-    (tmp_path / "b.jsonl").write_text(
-        "".join(json.dumps({"prompt": "Q", "completion": reply}) + "\n" for reply in replies)
-    )
-    for name in ("a.csv", "b.jsonl"):
-        raw_rows = data.read_files([str(tmp_path / name)])["train"]
-        assert [row["completion"] for row in convert(data.any_set, raw_rows)[0]] == replies
+    lines = ["prompt,completion,label\n"]
+    lines += [f'Q,"{reply}",0\n' for reply in replies]
+    csv_path = tmp_path / "a.csv"
+    csv_path.write_text("".join(lines))
+    jsonl_path = tmp_path / "b.jsonl"
+    write_records(jsonl_path, [{"prompt": "Q", "completion": reply} for reply in replies])
+    for path in (csv_path, jsonl_path):
+        records, _ = convert(data.any_set, data.read_files([str(path)])["train"])
+        assert completions(records) == replies
 
 
-def test_reading_parquet_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_read_parquet_leaves_no_files(tmp_path, monkeypatch):
     import datasets
 
     raw = tmp_path / "raw.parquet"
@@ -322,7 +344,7 @@ def test_reading_parquet_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("raw_row", "reason"),
+    ("raw_record", "reason"),
     [
         ({"text": "Q", "id": 1}, "unknown columns text, id"),
         ({"prompt": "Q", "completion": " "}, "empty reply"),
@@ -338,9 +360,9 @@ def test_reading_parquet_leaves_nothing_behind(tmp_path, monkeypatch):
         ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "identical replies"),
     ],
 )
-def test_reasons_for_dropping(raw_row, reason):
-    rows, counts = convert(data.any_set, [raw_row])
-    assert not rows
+def test_any_set_drops(raw_record, reason):
+    records, counts = convert(data.any_set, [raw_record])
+    assert not records
     assert counts.dropped == {reason: 1}
 
 
@@ -361,7 +383,9 @@ def test_chat_template(tmp_path):
     tokenizer.save_pretrained(tmp_path / "chat")
     tokenizer = data.load_tokenizer(str(tmp_path / "chat"))
     expected = {"prompt": "[user]Q<eos>\n[assistant]", "chosen": "good", "rejected": "bad"}
-    assert one_row({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, tokenizer) == expected
+    raw_record = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    records, _ = convert(data.any_set, [raw_record], tokenizer=tokenizer)
+    assert records == [expected]
     tokenizer.chat_template = "{{ messages | length }}"
     _, counts = convert(data.any_set, [{"messages": [USER, GOOD]}], tokenizer=tokenizer)
     assert counts.dropped == {"the chat template changes the prompt when an answer follows": 1}
@@ -370,50 +394,62 @@ def test_chat_template(tmp_path):
     assert counts.dropped == {"the chat template refuses: no system turn": 1}
 
 
-# ---- train and test --------------------------------------------------------------------------
-
-
-def prompts(rows):
-    return {row["prompt"] for row in rows}
+# ----------------------------------------------------------------------------------- train and test
 
 
 @given(st.lists(st.integers(0, 9), min_size=1), st.floats(0.01, 0.9), st.integers(0, 99))
-def test_separate_is_disjoint_seeded_and_loses_nothing(names, fraction, seed):
-    rows = [{"prompt": str(name), "completion": str(i)} for i, name in enumerate(names)]
-    held_out = max(1, round(len(prompts(rows)) * fraction))
-    if held_out == len(prompts(rows)):
+def test_separate(names, fraction, seed):
+    """No prompt is in both splits, no record is lost, and the records' order does not matter."""
+    records = []
+    for number, name in enumerate(names):
+        records.append({"prompt": str(name), "completion": str(number)})
+    num_prompts = len(prompts(records))
+    num_held_out = max(1, round(num_prompts * fraction))
+    if num_held_out == num_prompts:
         with pytest.raises(UserError, match="no prompt is left to train on"):
-            data.separate({"train": rows, "test": []}, fraction, seed)
+            data.separate({"train": records, "test": []}, fraction, seed)
         return
-    train, test, dropped = data.separate({"train": rows, "test": []}, fraction, seed)
+    train, test, num_dropped = data.separate({"train": records, "test": []}, fraction, seed)
     assert not prompts(train) & prompts(test)
-    assert len(prompts(test)) == held_out
-    assert dropped == 0
-    assert sorted(map(str, train + test)) == sorted(map(str, rows))
-    again = data.separate({"train": rows[::-1], "test": []}, fraction, seed)
-    assert prompts(again[1]) == prompts(test)
+    assert len(prompts(test)) == num_held_out
+    assert num_dropped == 0
+    assert sorted(map(str, train + test)) == sorted(map(str, records))
+    records.reverse()
+    _, test_again, _ = data.separate({"train": records, "test": []}, fraction, seed)
+    assert prompts(test_again) == prompts(test)
 
 
-def test_separate_depends_on_the_seed():
-    rows = [{"prompt": str(i), "completion": "x"} for i in range(30)]
-    drawn = [data.separate({"train": rows, "test": []}, 0.2, seed) for seed in range(3)]
-    assert len({frozenset(prompts(test)) for _, test, _ in drawn}) == 3
-    own_test = [data.separate({"train": rows, "test": rows[:9]}, 0.2, seed) for seed in range(3)]
-    for i in (0, 1):
-        assert len({str(each[i]) for each in own_test}) == 3  # another order
+def test_separate_seed():
+    records = [{"prompt": str(number), "completion": "x"} for number in range(30)]
+    draws = set()
+    for seed in range(3):
+        _, test, _ = data.separate({"train": records, "test": []}, 0.2, seed)
+        draws.add(frozenset(prompts(test)))
+    assert len(draws) == 3
+    train_orders = set()
+    test_orders = set()
+    for seed in range(3):
+        train, test, _ = data.separate({"train": records, "test": records[:9]}, 0.2, seed)
+        train_orders.add(str(train))
+        test_orders.add(str(test))
+    assert len(train_orders) == 3
+    assert len(test_orders) == 3
 
 
-def test_own_test_split_stays_and_its_prompts_leave_the_training_rows():
-    rows = [{"prompt": str(i), "completion": "x"} for i in range(4)]
+def test_separate_own_test_split():
+    """It is kept, and its prompts are dropped from the training records."""
+    records = [{"prompt": str(number), "completion": "x"} for number in range(4)]
     own_test = [{"prompt": "0", "completion": "another"}]
-    train, test, dropped = data.separate({"train": rows, "test": own_test}, 0.5, 1)
-    assert (prompts(train), test, dropped) == ({"1", "2", "3"}, own_test, 1)
+    train, test, num_dropped = data.separate({"train": records, "test": own_test}, 0.5, 1)
+    assert prompts(train) == {"1", "2", "3"}
+    assert test == own_test
+    assert num_dropped == 1
 
 
-# ---- the command line, the cache -------------------------------------------------------------
+# ---------------------------------------------------------------------- the command line, the cache
 
 
-def test_command_line_hh(tmp_path):
+def test_command_hh(tmp_path):
     command = ["hh", "--input", str(HH), "--test_fraction", "0.2"]
     outs = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
     done = run(*command, "--out", outs[0])
@@ -421,66 +457,78 @@ def test_command_line_hh(tmp_path):
     assert "read 28 pairs of dialogues, kept 25, dropped 3" in done.stdout
     for out, seed in zip(outs[1:], ("1", "2")):
         data.main([*command, "--out", str(out), "--seed", seed])
-    a, b, c = ((out / "train.jsonl").read_bytes() for out in outs)
-    assert a == b != c
-    train, test = read_jsonl(outs[0] / "train.jsonl"), read_jsonl(outs[0] / "test.jsonl")
+    a, b, c = [(out / "train.jsonl").read_bytes() for out in outs]
+    assert a == b
+    assert a != c
+    train = read_jsonl(outs[0] / "train.jsonl")
+    test = read_jsonl(outs[0] / "test.jsonl")
     assert (len(train), len(test)) == (20, 5)
     assert not prompts(train) & prompts(test)
     counts = json.loads((outs[0] / "counts.json").read_text())
     assert counts["rows"] == {"train": 20, "test": 5, "dropped, prompt is in test": 0}
     assert counts["sources"]["hh"]["dropped"] == {data.NOT_SHARED: 1, "empty reply": 2}
     refused = run("hh", "--input", HH, "--out", outs[0])
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert f"{outs[0]}: is there and not empty" in refused.stderr
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert f"error: {outs[0]}: is there and not empty" in refused.stderr
 
 
-def test_mixture_from_files_is_disjoint_over_all_sets(tmp_path, capsys):
-    shp_file = tmp_path / "shp.jsonl"
-    hh_prompts = [row["prompt"] for row in convert(data.hh, read_jsonl(HH))[0]]
-    first_turns = [prompt for prompt in hh_prompts if prompt.count("\n\nHuman:") == 1]
-    histories = [prompt[len("\n\nHuman: ") : -len("\n\nAssistant:")] for prompt in first_turns]
-    shp_file.write_text("".join(json.dumps(shp_row(history)) + "\n" for history in histories))
+def test_archangel_from_files(tmp_path):
+    """No prompt is in both splits, whichever set it comes from."""
+    hh_records, _ = convert(data.hh, read_jsonl(HH))
+    histories = []
+    for record in hh_records:
+        prompt = record["prompt"]
+        if prompt.count("\n\nHuman:") == 1:
+            histories.append(prompt.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:"))
+    shp_records = [shp_record(history) for history in histories]
+    shp_file = write_records(tmp_path / "shp.jsonl", shp_records)
     out = tmp_path / "out"
     sources = ["--hh", str(HH), "--oasst", str(OASST), "--shp", str(shp_file)]
     data.main(["archangel", *sources, "--out", str(out), "--test_fraction", "0.3"])
-    train, test = read_jsonl(out / "train.jsonl"), read_jsonl(out / "test.jsonl")
-    assert prompts(train) | prompts(test) >= set(hh_prompts)
+    train = read_jsonl(out / "train.jsonl")
+    test = read_jsonl(out / "test.jsonl")
+    assert prompts(train) | prompts(test) >= prompts(hh_records)
     assert not prompts(train) & prompts(test)
     counts = json.loads((out / "counts.json").read_text())
     assert list(counts["sources"]) == ["hh", "oasst", "shp"]
     assert len(train) + len(test) == 25 + 22 + len(histories)
-    assert [row["prompt"] for row in train] != sorted(row["prompt"] for row in train)
+    train_prompts = [record["prompt"] for record in train]
+    assert train_prompts != sorted(train_prompts)  # shuffled
     for source in counts["sources"].values():
         assert source["read"] == source["kept"] + sum(source["dropped"].values())
 
 
-def test_prepare_once_and_the_command_fills_the_same_folder(tmp_path, monkeypatch, capsys):
+def test_prepare_once(tmp_path, monkeypatch):
+    """The command fills the same folder, from which it is not prepared again."""
     monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
     data.main(["archangel", "--hh", str(HH), "--oasst", str(OASST)])
     monkeypatch.setattr(data, "read_hub", lambda name: pytest.fail("the hub was asked"))
     assert data.prepare() == tmp_path / "cache" / "archangel"
 
 
-def test_prepare_from_the_hub_takes_its_test_splits(tmp_path, monkeypatch, capsys):
-    hh_rows, trees = read_jsonl(HH), read_jsonl(OASST)
-    flat = [list(flatten(tree["prompt"])) for tree in trees]
+def test_prepare_from_hub(tmp_path, monkeypatch):
+    """Test splits of the hub are kept."""
+    hh_records = read_jsonl(HH)
+    flat = [list(flatten(tree["prompt"])) for tree in read_jsonl(OASST)]
     chain = itertools.chain.from_iterable
     hub = {
-        "Anthropic/hh-rlhf": {"train": hh_rows, "test": hh_rows[:2]},
+        "Anthropic/hh-rlhf": {"train": hh_records, "test": hh_records[:2]},
         "OpenAssistant/oasst1": {"train": chain(flat[:4]), "test": chain(flat[4:])},
-        "stanfordnlp/SHP": {"train": [shp_row("Q")], "test": [shp_row("R")]},
+        "stanfordnlp/SHP": {"train": [shp_record("Q")], "test": [shp_record("R")]},
     }
     monkeypatch.setenv("HALOS_CACHE", str(tmp_path))
     monkeypatch.setattr(data, "read_hub", hub.get)
     folder = data.prepare()
-    train, test = read_jsonl(folder / "train.jsonl"), read_jsonl(folder / "test.jsonl")
+    train = read_jsonl(folder / "train.jsonl")
+    test = read_jsonl(folder / "test.jsonl")
     assert not prompts(train) & prompts(test)
     counts = json.loads((folder / "counts.json").read_text())
     assert counts["rows"]["dropped, prompt is in test"] == 2
     assert len(train) + len(test) + 2 == 25 + 2 + 22 + 2
 
 
-def test_read_hub_maps_splits(monkeypatch):
+def test_read_hub_splits(monkeypatch):
     import datasets
 
     for splits, names in (
@@ -495,42 +543,42 @@ def test_read_hub_maps_splits(monkeypatch):
         data.read_hub("a/b")
 
 
-def test_offline_says_what_to_do(tmp_path):
-    code = "import archangel.data as d, common_v1\nwith common_v1.exit_status(): d.prepare()"
+def test_prepare_offline(tmp_path):
+    code = """
+from archangel.data import prepare
+from archangel.errors import exit_status
+with exit_status():
+    prepare()
+"""
+    caches = {"HF_HOME": str(tmp_path), "HALOS_CACHE": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path),
-            "HALOS_CACHE": str(tmp_path),
-        },
+        env={**os.environ, **caches, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    for words in (
-        "--data toy",
-        "python -m archangel.data archangel --hh F",
-        "hub can be reached",
-    ):
-        assert words in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    line = error_line(done.stderr)
+    assert "--data toy" in line
+    assert "python -m archangel.data archangel --hh F" in line
+    assert "hub can be reached" in line
     assert not (tmp_path / "archangel").exists()
 
 
-def test_a_preparation_that_stops_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_write_is_whole_or_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data.os, "replace", stop)
-    with pytest.raises(SystemExit):
+    with pytest.raises(KeyboardInterrupt):
         data.main(["hh", "--input", str(HH), "--out", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
 
 
-def test_half_a_surrogate_pair_is_replaced(tmp_path):
+def test_write_unpaired_surrogate(tmp_path):
     out = tmp_path / "out"
     data.write(out, [{"prompt": "Q", "completion": "a\ud83d"}], [], {})
     assert read_jsonl(out / "train.jsonl")[0]["completion"] == "a?"
@@ -547,12 +595,12 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
         ('{"prompt": "Q", "completion": "A"}\n', "no prompt is left to train on"),
     ],
 )
-def test_errors_are_one_line(tmp_path, capsys, content, message):
+def test_main_errors(tmp_path, content, message):
     path = tmp_path / "raw.jsonl"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(UserError) as raised:
         data.main(["rows", "--input", str(path), "--out", str(tmp_path / "out")])
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.search(message, error)
+    assert "\n" not in str(raised.value)
+    assert re.search(message, str(raised.value))
     assert not (tmp_path / "out").exists()

@@ -1,72 +1,88 @@
-"""The prediction of memory, against autograd's own count and against processes that ran."""
+"""The prediction of memory, compared with autograd's own count and with processes that ran."""
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from helpers import ROOT, error_line
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
 
-import common_v1 as common
-from archangel import memory
+import common
+from archangel import memory, packed
 
 
-def small(kind: str, layers: int, width: int = 256, vocabulary: int = 128):
-    inner = 4 * width if kind == "gpt_neox" else int(2.6875 * width)  # as in the report's models
-    return {"gpt_neox": GPTNeoXConfig, "llama": LlamaConfig}[kind](
+def small_config(
+    model_type: str, layers: int, width: int = 256, vocab_size: int = 128
+) -> PreTrainedConfig:
+    if model_type == "gpt_neox":
+        config_class = GPTNeoXConfig
+        inner_width = 4 * width
+    else:
+        config_class = LlamaConfig
+        inner_width = int(2.6875 * width)  # as in the report's models
+    return config_class(
         num_hidden_layers=layers,
         hidden_size=width,
         num_attention_heads=width // 64,
-        intermediate_size=inner,
-        vocab_size=vocabulary,
+        intermediate_size=inner_width,
+        vocab_size=vocab_size,
         tie_word_embeddings=False,
     )
 
 
-def examples(count: int) -> list[dict]:
-    """KTO's: one completion each, 256 tokens in all."""
-    return [{"prompt_ids": np.arange(128), "completions_ids": [np.arange(128)]}] * count
+def packed_batch(num_examples: int) -> common.MicroBatch:
+    """Examples of 256 tokens, each with one completion, as of KTO, in the packed layout."""
+    examples = [common.Example(list(range(128)), [list(range(128))])] * num_examples
+    places = range(num_examples)
+    return common.make_micro_batch(examples, places, packed.PackedLayout(), "cpu")
 
 
-def kept(kind: str, layers: int, bfloat16: bool) -> int:
-    """Bytes that autograd keeps for 256 tokens, without the weights themselves."""
-    model = AutoModelForCausalLM.from_config(small(kind, layers))
+def count_kept_bytes(model_type: str, layers: int, bfloat16: bool) -> int:
+    """Bytes that autograd keeps for 256 tokens, without the weights."""
+    model = AutoModelForCausalLM.from_config(small_config(model_type, layers))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    storages, alive = {}, []
+    bytes_of_storages = {}
+    saved = []  # all of them stay alive, so that no two have the same address
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)
+            bytes_of_storages[storage.data_ptr()] = storage.nbytes()
+        saved.append(tensor)
         return tensor
 
-    common.use_packed(model, torch.device("cpu"))
+    packed.use_packed_attention(model, torch.device("cpu"))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        common.Policy(model, None, bfloat16)(common.make_batch(examples(1), packed=True))
-    return sum(storages.values())
+        common.Policy(model, bfloat16)(packed_batch(1))
+    return sum(bytes_of_storages.values())
 
 
-@pytest.mark.parametrize("kind", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("model_type", ["gpt_neox", "llama"])
 @pytest.mark.parametrize("number_bytes", [4, 2])
-def test_what_a_block_keeps_is_what_autograd_counts(kind, number_bytes):
-    a_block = kept(kind, 3, number_bytes == 2) - kept(kind, 2, number_bytes == 2)
-    if number_bytes == 2:  # autocast keeps a copy of each matrix as well, counted elsewhere
+def test_kept_bytes(model_type, number_bytes):
+    """Those of a block are what autograd counts, per token and unit of width."""
+    bfloat16 = number_bytes == 2
+    block = count_kept_bytes(model_type, 3, bfloat16) - count_kept_bytes(model_type, 2, bfloat16)
+    if bfloat16:  # autocast also keeps a copy of each matrix, which `gathered` counts
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(small(kind, 1))
-        a_block -= sum(
-            2 * p.numel() for p in model.base_model.layers[0].parameters() if p.dim() > 1
-        )
-    assert a_block / 256 / 256 == pytest.approx(memory.KEPT[kind][number_bytes], rel=0.03)
+            model = AutoModelForCausalLM.from_config(small_config(model_type, 1))
+        for parameter in model.base_model.layers[0].parameters():
+            if parameter.dim() > 1:
+                block -= 2 * parameter.numel()
+    expected = memory.KEPT_BYTES[model_type][number_bytes]
+    assert block / 256 / 256 == pytest.approx(expected, rel=0.03)
 
 
-def test_states_are_split_and_activations_are_not():
-    config = small("gpt_neox", 4)
-    one, four = memory.predict(config, 1, 1000), memory.predict(config, 4, 1000)
+def test_predict():
+    """States are split over processes, activations are not."""
+    config = small_config("gpt_neox", 4)
+    one = memory.predict(config, 1, 1000)
+    four = memory.predict(config, 4, 1000)
     assert one["states"] == 4 * four["states"]
     assert one["activations"] == four["activations"] == 4 * 1000 * 256 * 38
     checkpointed = memory.predict(config, 1, 1000, checkpointing=True)
@@ -78,14 +94,16 @@ def test_states_are_split_and_activations_are_not():
 @pytest.mark.parametrize(
     "name, billions", [("pythia-1.4b", 1.41), ("pythia-12b", 11.8), ("llama-30b", 32.5)]
 )
-def test_shapes_have_the_sizes_of_the_published_models(name, billions):
+def test_model_config(name, billions):
+    """It has the size of the published model."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(memory.shape(name))
+        model = AutoModelForCausalLM.from_config(memory.model_config(name))
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count / 1e9 == pytest.approx(billions, rel=0.01)
 
 
-def test_a_command_recomputes_only_where_it_must():
+def test_command():
+    """It has activation checkpointing only where that is needed."""
     settings = memory.Config()
     assert memory.command("llama-30b", 1, settings) is None
     assert memory.command("pythia-1.4b", 1, settings).endswith("--model pythia-1.4b")
@@ -94,39 +112,49 @@ def test_a_command_recomputes_only_where_it_must():
 
 
 PROGRAM = """
-import sys, json, torch, common_v1 as common
-from archangel import memory
-from transformers import AutoModelForCausalLM
-sys.path.insert(0, "tests")
-from test_memory import examples, small
+import json
+import sys
 
-def anonymous():
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, "tests")
+import common
+from archangel import memory, packed
+from test_memory import packed_batch, small_config
+
+
+def anonymous_bytes():
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
+        for line in file:
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+
 
 peak = 0
+
+
 def look(*_):
     global peak
-    peak = max(peak, anonymous())
+    peak = max(peak, anonymous_bytes())
+
 
 checkpointing = sys.argv[1] == "True"
-config = small("gpt_neox", 6, 512, 2048)
-batch = common.make_batch(examples(4), packed=True)
+config = small_config("gpt_neox", 6, 512, 2048)
+micro_batch = packed_batch(4)
 torch.set_num_threads(1)
-before = anonymous()
-policy = common.Policy(AutoModelForCausalLM.from_config(config), None, False).eval()
-common.use_packed(policy.lm, torch.device("cpu"))
+before = anonymous_bytes()
+policy = common.Policy(AutoModelForCausalLM.from_config(config), bfloat16=False).eval()
+packed.use_packed_attention(policy.lm, torch.device("cpu"))
 if checkpointing:
-    blocks = list(policy.lm.base_model.layers)
-    common.checkpoint_wrapper.apply_activation_checkpointing(
-        policy, check_fn=blocks.__contains__
-    )
-for block in policy.lm.base_model.layers:
-    block.register_full_backward_hook(look)
+    layers = common.transformer_layers(policy)
+    common.apply_activation_checkpointing(policy, check_fn=lambda module: module in layers)
+for layer in policy.lm.base_model.layers:
+    layer.register_full_backward_hook(look)
 optimizer = torch.optim.RMSprop(policy.parameters(), lr=1e-4)
-for _ in range(2):
-    for _ in range(2):
-        logps = policy(batch)
+for _ in range(2):  # steps
+    for _ in range(2):  # micro-batches
+        logps = policy(micro_batch)
         look()
         logps.sum().neg().backward()
         look()
@@ -139,10 +167,32 @@ print(json.dumps([peak - before, sum(predicted.values())]))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_prediction_is_near_what_a_process_took(checkpointing):
-    root = Path(common.__file__).parent
-    words = [sys.executable, "-c", PROGRAM, str(checkpointing)]
-    tight = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
-    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True, env=tight)
+def test_predict_is_near_measured(checkpointing):
+    # With this setting freed memory is returned to the system at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(checkpointing)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
     measured, predicted = json.loads(done.stdout)
     assert predicted == pytest.approx(measured, rel=0.25), (measured, predicted)
+
+
+def test_main_prints_all_models(capsys):
+    memory.main(memory.Config())
+    table, commands = capsys.readouterr().out.split("\n\n", 1)
+    for name in memory.SHAPES:
+        assert f"| {name} |" in table
+        assert name in commands
+
+
+def test_command_ends_with_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memory", "--gpu_gib", "many"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(memory.__file__, run_name="__main__")
+    assert ended.value.code == 2
+    assert error_line(capsys.readouterr().err).startswith("error: argument --gpu_gib")

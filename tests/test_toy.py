@@ -1,15 +1,18 @@
-"""The toy world: made the same for a seed, judged as a reader would, shipped whole."""
+"""The toy world: reproducible by its seed, judged as a reader would, complete as it ships."""
 
 import json
 import random
+import runpy
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
+from helpers import TOY, error_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common_v1 as common
 from archangel import toy
+from archangel.errors import UserError
 
 PROMPT = "\n\nHuman: Hi! What does the oak lamp cost?\n\nAssistant:"
 FOLLOW_UP = f"{PROMPT} The oak lamp costs 40 dollars.\n\nHuman: Where is the tin mug?\n\nAssistant:"
@@ -18,7 +21,8 @@ LONG = " We have been in this street for many years. It is a busy day, as you se
 
 
 def read(split: str) -> list[dict]:
-    lines = (common.TOY / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    """The shipped records of a split."""
+    lines = (TOY / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -44,22 +48,20 @@ def read(split: str) -> list[dict]:
 )
 def test_judge(prompt, reply, helpful, harmless, concise):
     verdict = toy.judge(prompt, reply)
-    assert (verdict["helpful"], verdict["harmless"], verdict["concise"]) == (
-        helpful,
-        harmless,
-        concise,
-    )
+    assert verdict["helpful"] == helpful
+    assert verdict["harmless"] == harmless
+    assert verdict["concise"] == concise
     assert verdict["score"] == helpful + harmless + concise
 
 
-def test_judge_tells_product_from_intent():
+def test_judge_product_and_intent():
     other_product = toy.judge(PROMPT, " The pine lamp costs 40 dollars.")
     other_intent = toy.judge(PROMPT, " The oak lamp is in aisle 1.")
     assert (other_product["product"], other_product["intent"]) == (False, True)
     assert (other_intent["product"], other_intent["intent"]) == (True, False)
 
 
-def test_judge_refuses_a_prompt_of_another_world():
+def test_judge_refuses_other_prompt():
     with pytest.raises(ValueError, match="not a question of the toy world"):
         toy.judge("\n\nHuman: What does the plum cost?\n\nAssistant:", PERFECT)
 
@@ -71,7 +73,8 @@ def test_win():
     assert toy.win(PROMPT, rude, PERFECT + LONG) == 0.5
 
 
-def test_every_question_has_one_meaning_and_a_right_answer():
+def test_questions_and_answers():
+    """Every question has one meaning, and every form of its answer is right."""
     for material in toy.MATERIALS:
         for noun in toy.NOUNS:
             name = f"{material} {noun}"
@@ -87,27 +90,29 @@ def test_every_question_has_one_meaning_and_a_right_answer():
                         assert not toy.judge(asked, reply)["intent"]
 
 
-def test_mixture_has_all_kinds():
+def test_draw_reply_mixture():
     rng = random.Random(0)
     replies = [toy.draw_reply(rng, "oak lamp", "price") for _ in range(2000)]
     verdicts = [toy.judge(PROMPT, reply) for reply in replies]
-    shares = {key: statistics.mean(verdict[key] for verdict in verdicts) for key in verdicts[0]}
     assert all(reply.startswith(" ") for reply in replies)
-    for key, share in {"product": 0.8, "helpful": 0.6, "harmless": 0.65, "concise": 0.7}.items():
-        assert shares[key] == pytest.approx(share, abs=0.06), key
+    for name, share in {"product": 0.8, "helpful": 0.6, "harmless": 0.65, "concise": 0.7}.items():
+        found = statistics.mean(verdict[name] for verdict in verdicts)
+        assert found == pytest.approx(share, abs=0.06), name
 
 
-def test_same_seed_same_world():
-    assert toy.make_rows(50, 0) == toy.make_rows(50, 0)
-    assert toy.make_rows(50, 0) != toy.make_rows(50, 1)
+def test_seed_of_records_and_corpus():
+    assert toy.make_records(50, 0) == toy.make_records(50, 0)
+    assert toy.make_records(50, 0) != toy.make_records(50, 1)
     corpus = toy.make_corpus(200, 0)
     assert corpus == toy.make_corpus(200, 0)
     assert corpus != toy.make_corpus(200, 1)
-    first, second = (toy.make_tokenizer(corpus).backend_tokenizer.to_str() for _ in range(2))
+    first = toy.make_tokenizer(corpus).backend_tokenizer.to_str()
+    second = toy.make_tokenizer(corpus).backend_tokenizer.to_str()
     assert first == second
 
 
-def test_same_seed_same_bytes(tmp_path):
+def test_seed_of_files(tmp_path):
+    """The same seed gives the same bytes."""
     settings = ["--layers", "1", "--width", "32", "--steps", "20", "--conversations", "100"]
     settings += ["--train", "20", "--test", "10"]
     for name in ("one", "two"):
@@ -116,9 +121,14 @@ def test_same_seed_same_bytes(tmp_path):
 
     def contents(name: str) -> dict[Path, bytes]:
         folder = tmp_path / name
-        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        files = {}
+        for path in folder.rglob("*"):
+            if path.is_file():
+                files[path.relative_to(folder)] = path.read_bytes()
+        return files
 
-    one, other = contents("one"), contents("other")
+    one = contents("one")
+    other = contents("other")
     assert one == contents("two")
     for file in ("model/model.safetensors", "data/train.jsonl"):
         assert one[Path(file)] != other[Path(file)]
@@ -131,41 +141,50 @@ def test_same_seed_same_bytes(tmp_path):
     "wrong",
     [["--width", "33"], ["--steps", "0"], ["--lr", "nan"], ["--out", "."], ["--train", "-1"]],
 )
-def test_wrong_settings_stop_first(wrong, tmp_path, monkeypatch, capsys):
+def test_main_errors(wrong, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(toy, "write_world", lambda *_, **__: pytest.fail("made a world"))
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError, match=wrong[0]):
         toy.main(wrong)
-    assert stop.value.code == 2
-    assert wrong[0] in capsys.readouterr().err
+
+
+def test_command_ends_with_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["toy", "--width", "33"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(toy.__file__, run_name="__main__")
+    assert ended.value.code == 2
+    assert error_line(capsys.readouterr().err).startswith("error: --width 33")
 
 
 def test_shipped_data():
-    train, test = read("train"), read("test")
-    assert (len(train), len(test)) == (4000, 1000)
-    assert train + test == toy.make_rows(5000, seed=0)
-    assert len({row["prompt"] for row in train + test}) == 5000
-    for row in train + test:
-        assert set(row) == {"prompt", "chosen", "rejected"}
-        assert row["prompt"].startswith("\n\nHuman: ")
-        assert row["prompt"].endswith("\n\nAssistant:")
-        assert row["chosen"].startswith(" ")
-        assert row["rejected"].startswith(" ")
+    train = read("train")
+    test = read("test")
+    assert len(train) == 4000
+    assert len(test) == 1000
+    assert train + test == toy.make_records(5000, seed=0)
+    assert len({record["prompt"] for record in train + test}) == 5000
+    for record in train + test:
+        assert set(record) == {"prompt", "chosen", "rejected"}
+        assert record["prompt"].startswith("\n\nHuman: ")
+        assert record["prompt"].endswith("\n\nAssistant:")
+        assert record["chosen"].startswith(" ")
+        assert record["rejected"].startswith(" ")
 
 
-def test_feedback_is_noisy_but_tells():
-    margins = [
-        toy.judge(row["prompt"], row["chosen"])["score"]
-        - toy.judge(row["prompt"], row["rejected"])["score"]
-        for row in read("test")
-    ]
+def test_shipped_feedback_is_noisy():
+    """But the better reply is chosen more often than not."""
+    margins = []
+    for record in read("test"):
+        chosen_score = toy.judge(record["prompt"], record["chosen"])["score"]
+        rejected_score = toy.judge(record["prompt"], record["rejected"])["score"]
+        margins.append(chosen_score - rejected_score)
     better = sum(margin > 0 for margin in margins)
     worse = sum(margin < 0 for margin in margins)
     assert 0.05 < worse / (better + worse) < 0.3
 
 
-def test_shipped_model_loads_as_any_other():
-    folder = common.TOY / "model"
+def test_shipped_model_loads():
+    folder = TOY / "model"
     assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= 3_000_000
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -177,14 +196,14 @@ def test_shipped_model_loads_as_any_other():
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_shipped_model_knows_the_shop():
-    """Begun civilly, its likeliest answers are right: what alignment needs is there."""
-    model = AutoModelForCausalLM.from_pretrained(common.TOY / "model")
-    tokenizer = AutoTokenizer.from_pretrained(common.TOY / "model")
+def test_shipped_model_knows_facts():
+    """If a reply begins civilly, its likeliest continuation is right."""
+    model = AutoModelForCausalLM.from_pretrained(TOY / "model")
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
     right = 0
-    for row in read("test")[:20]:
-        ids = tokenizer(row["prompt"] + " Sure!", return_tensors="pt")["input_ids"]
+    for record in read("test")[:20]:
+        ids = tokenizer(record["prompt"] + " Sure!", return_tensors="pt")["input_ids"]
         output = model.generate(ids, do_sample=False, max_new_tokens=16, pad_token_id=0)
         answer = tokenizer.decode(output[0, ids.shape[1] :]).split(".")[0]
-        right += toy.judge(row["prompt"], answer)["helpful"]
+        right += toy.judge(record["prompt"], answer)["helpful"]
     assert right >= 18
