@@ -9,17 +9,13 @@ import graphlib
 from pathlib import Path
 
 import pytest
-from test_alike import COPIES, OLD_SCRIPTS, SCRIPTS
+from test_alike import COPIES, SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 LEAVES = [f"archangel.{name}" for name in ("errors", "records", "run", "packed")]
 # What the leaves may import besides each other. archangel.records imports it inside find_file,
 # for --data archangel.
 LAZY_LEAF = "archangel.data"
-# Of the old core, but without an import of it; data.py uses its exit statuses.
-OLD_LEAF = "archangel.command"
-# The old core. The search for cycles leaves it out, with the modules that still import common_v1.
-OLD_CORE = {"common_v1", *(f"archangel.{name}" for name in ("command", "fast", "rows", "run_v1"))}
 
 
 def project_modules() -> dict[str, Path]:
@@ -53,14 +49,6 @@ def import_graph() -> dict[str, set[str]]:
     for name, path in modules.items():
         graph[name] = find_imports(path.read_text(), modules.keys())
     return graph
-
-
-def graph_of_new_modules() -> dict[str, set[str]]:
-    """The graph without the old core and the modules that still import common_v1."""
-    graph = import_graph()
-    old = {name for name, imports in graph.items() if "common_v1" in imports}
-    old |= OLD_CORE
-    return {name: imports - old for name, imports in graph.items() if name not in old}
 
 
 def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
@@ -100,8 +88,8 @@ def test_graph_has_the_imports():
 
 
 def test_no_cycle():
-    graph = graph_of_new_modules()
-    assert graph.keys() >= {"common", "kto", "dpo", *LEAVES, LAZY_LEAF}
+    graph = import_graph()
+    assert graph.keys() >= {"common", *SCRIPTS, *LEAVES, LAZY_LEAF, "archangel.benchmark"}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
@@ -109,19 +97,14 @@ def test_no_cycle():
 def test_leaf_imports_leaves(leaf):
     """It never imports common, neither directly nor through another module."""
     found = reachable(import_graph(), leaf)
-    assert found <= {*LEAVES, LAZY_LEAF, OLD_LEAF}
+    assert found <= {*LEAVES, LAZY_LEAF}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *COPIES])
 def test_script_imports_common(script):
     """And nothing else of the project."""
-    assert import_graph()[script] == {"common"}
-
-
-@pytest.mark.parametrize("script", [*OLD_SCRIPTS, *COPIES])
-def test_old_script_imports_common_v1(script):
     text = (ROOT / f"{script}.py").read_text()
-    assert find_imports(text, project_modules().keys()) == {"common_v1"}
+    assert find_imports(text, project_modules().keys()) == {"common"}
 
 
 def test_package_imports_nothing():

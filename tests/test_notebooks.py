@@ -10,9 +10,7 @@ import matplotlib.font_manager  # noqa: F401  (its cache is built here, its noti
 import nbformat
 import pytest
 
-import common_v1 as common
-
-ROOT = Path(common.__file__).parent
+ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 SCRIPTS = ("kto", "dpo", "slic", "ppo_offline", "sft")
@@ -62,7 +60,8 @@ def test_runs_and_says_what_is_checked_in(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_text_says_the_same(name):
-    plain, notebook = jupytext.read(FOLDER / f"{name}.py"), read(name)
+    plain = jupytext.read(FOLDER / f"{name}.py")
+    notebook = read(name)
     assert [(cell.cell_type, cell.source) for cell in plain.cells] == [
         (cell.cell_type, cell.source) for cell in notebook.cells
     ]
