@@ -204,7 +204,7 @@ print(f"for 60 against the sure amount, lambda must be       {aversion:6.2f}  (2
 # %% [markdown]
 # ## 5. Which of the five losses is a HALO?
 #
-# *The report says what a HALO is in words only (section 4). The later paper (arXiv 2402.01306)
+# *The report says what a HALO is in words only (section 4). The KTO paper (arXiv 2402.01306)
 # defines it.* With the implied reward
 # $r_\theta(x,y) = l \cdot \log \frac{\pi_\theta(y|x)}{\pi_{\text{ref}}(y|x)}$, $l > 0$, a loss is a
 # HALO if it can be written as
@@ -240,7 +240,9 @@ def random_logps():
 policy_w, policy_l, reference_w, reference_l = (random_logps() for _ in range(4))
 desirable = torch.rand(1000, generator=generator) < 0.5
 advantages = 2 * torch.rand(1000, generator=generator) - 1
-beta, kl, epsilon = 0.1, 1.5, 0.5
+beta = 0.1
+kl = 1.5
+epsilon = 0.5
 
 
 def ppo(policy, reference):
@@ -255,10 +257,12 @@ def ppo_value(z, advantage):
 
 # Half of the log-ratios within PPO's clip, the others anywhere.
 near = torch.where(torch.arange(1000) % 2 == 0, policy_w + reference_w / 20, reference_w)
-reward_w, reward_l = beta * (policy_w - reference_w), beta * (policy_l - reference_l)
+reward_w = beta * (policy_w - reference_w)
+reward_l = beta * (policy_l - reference_l)
 sign = torch.where(desirable, -1.0, 1.0)
 constant = torch.where(desirable, 1.0, 0.0)
-margin, scale = policy_w - policy_l, torch.zeros(1000)
+margin = policy_w - policy_l
+scale = torch.zeros(1000)
 differences = {
     "DPO": dpo_loss(policy_w, policy_l, reference_w, reference_l, beta)
     + dpo_value(reward_w, reward_l),
@@ -279,8 +283,10 @@ for name, difference in differences.items():
 # amounts; rewards stay as they were, and so must the loss.
 
 # %%
-shift_w, shift_l = random_logps(), random_logps()
-moved_w, moved_l = policy_w + shift_w, policy_l + shift_l
+shift_w = random_logps()
+shift_l = random_logps()
+moved_w = policy_w + shift_w
+moved_l = policy_l + shift_l
 changes = {
     "DPO": dpo_loss(moved_w, moved_l, reference_w + shift_w, reference_l + shift_l, beta)
     - dpo_loss(policy_w, policy_l, reference_w, reference_l, beta),

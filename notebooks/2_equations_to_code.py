@@ -24,6 +24,7 @@ sys.path.insert(0, "..")  # the project's folder
 
 import ast
 import inspect
+import itertools
 import math
 import re
 from pathlib import Path
@@ -120,7 +121,7 @@ compare("-log of the above", math.log(1 + math.exp(-1.5)), -dpo.dpo_value(reward
 # This is the one place with a minimiser, and nothing here is a language model.)
 
 # %%
-first, second = torch.tensor([(i, j) for i in range(5) for j in range(5) if i != j]).T
+first, second = torch.tensor(list(itertools.permutations(range(5), 2))).T
 frequency = ppo_offline.rlhf_value(reward[first], reward[second]) / len(first)  # of i over j
 
 
@@ -291,7 +292,8 @@ compare("-log(1/4)", math.log(4), sft.sft_loss(torch.tensor([0.25]).log()))
 
 # %%
 show(ppo_offline.ppo_offline_loss, ppo_offline.gae)
-token, token_reference = torch.tensor([[-0.2]]), torch.tensor([[-1.0]])  # a log-ratio of 0.8
+token = torch.tensor([[-0.2]])
+token_reference = torch.tensor([[-1.0]])  # so the log-ratio is 0.8
 one = torch.ones(1, 1)
 compare(
     "A = +1: clipped at 1.5",
@@ -303,7 +305,8 @@ compare(
     math.exp(0.8),
     ppo_offline.ppo_offline_loss(token, token_reference, -one, one),
 )
-values, two = torch.tensor([[0.4, 0.6]]), torch.ones(1, 2).bool()
+values = torch.tensor([[0.4, 0.6]])
+two = torch.ones(1, 2).bool()
 advantages, returns = ppo_offline.gae(values, torch.ones(1), two)
 compare("last token's advantage: 1 - 0.6", 0.4, advantages[0, 1])
 by_hand = 0.99 * 0.6 - 0.4 + 0.99 * 0.95 * 0.4
@@ -358,7 +361,8 @@ compare(
 
 # %%
 show(kto.kto_loss, kto.kl_from_other_half)
-log_ratios, desirable = torch.tensor([2.0, -1.0]), torch.tensor([True, False])
+log_ratios = torch.tensor([2.0, -1.0])
+desirable = torch.tensor([True, False])
 reference_points = kto.kl_from_other_half(log_ratios, desirable)
 losses = kto.kto_loss(log_ratios, torch.zeros(2), desirable, reference_points)
 compare("desirable: 1 / (1 + e^(0.1 * 2))", 1 / (1 + math.exp(0.2)), losses[0])
@@ -367,7 +371,7 @@ compare("undesirable: 1 / (1 + e^(0.1 * (2 + 1)))", 1 / (1 + math.exp(0.3)), los
 # %% [markdown]
 # ## Where each loss pushes
 #
-# *Sections 3 and 5; the later paper describes KTO's gradient.* A chosen and a rejected reply, each
+# *Sections 3 and 5; the KTO paper describes its gradient.* A chosen and a rejected reply, each
 # a single token here so that PPO can be drawn too. Arrows follow minus the gradient; shade is its
 # length, against the largest in the panel. SLiC and SFT have no reference: theirs is put at 0.
 
@@ -419,7 +423,7 @@ plt.show()
 # %% [markdown]
 # ### Saturation, side by side
 #
-# *The later paper: as a reward goes to plus or minus infinity, KTO's gradient goes to zero.* DPO's
+# *The KTO paper: as a reward goes to plus or minus infinity, KTO's gradient goes to zero.* DPO's
 # does so on one side only: a pair that the policy has badly wrong pulls with full force, be it the
 # label that is wrong.
 
@@ -443,7 +447,7 @@ for at in (-80, 0, 80):
 # %% [markdown]
 # ## Why the reference point is detached
 #
-# *Section 5 does not say whether gradients pass through the KL term; the later paper's do not.*
+# *Section 5 does not say whether gradients pass through the KL term; the KTO paper's do not.*
 # Here is what happens if they do. The function without its `detach` is made from the file's own
 # text, by deleting that word. Four examples, two of a class; the bars are how hard the loss pushes
 # each reply's log-probability up.
@@ -553,7 +557,7 @@ plt.show()
 # %% [markdown]
 # ## Contradictory preferences, exactly
 #
-# *A theorem of the later paper.* A share $p > 1/2$ of people prefers $y_a$ to $y_b$, the others
+# *A theorem of the KTO paper.* A share $p > 1/2$ of people prefers $y_a$ to $y_b$, the others
 # $y_b$ to $y_a$. If $p^{1/\beta}\,\pi_{\text{ref}}(y_a) < (1-p)^{1/\beta}\,\pi_{\text{ref}}(y_b)$,
 # the best DPO policy is likelier to give the minority's $y_b$; the best KTO policy gives $y_a$.
 #
@@ -563,7 +567,9 @@ plt.show()
 # split in two examples, as the trainer does.
 
 # %%
-p, beta, reference_a = 0.6, 0.1, 0.01
+p = 0.6
+beta = 0.1
+reference_a = 0.01
 
 
 def log_ratios_of(q):
@@ -593,7 +599,8 @@ def kl_of(q):
     return q * r_a + (1 - q) * r_b
 
 
-left, right = p ** (1 / beta) * reference_a, (1 - p) ** (1 / beta) * (1 - reference_a)
+left = p ** (1 / beta) * reference_a
+right = (1 - p) ** (1 / beta) * (1 - reference_a)
 print(f"p = {p}, beta = {beta}, pi_ref(y_a) = {reference_a}")
 print(f"the condition, {left:.1e} < {right:.1e}, holds: {left < right}")
 odds = reference_a / (1 - reference_a) * (p / (1 - p)) ** (1 / beta)

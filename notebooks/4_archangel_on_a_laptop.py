@@ -75,7 +75,8 @@ show(figures.figure2)
 #
 # ## 2. Figure 3: how long replies are
 #
-# *The report:* without SFT, models go on after the answer and invent further turns; SFT stops that.
+# *The report:* without SFT, models continue after the answer and invent further turns; SFT stops
+# that.
 
 # %%
 show(figures.figure3)
@@ -143,7 +144,7 @@ show(figures.contradictory, width=600)
 #
 # ## 7. What none of this shows
 #
-# The toy's world is closed, its labels are clean but for the noise put there, its judge cannot be
-# flattered, and a reply is twenty tokens. Learning rates were chosen on the toy's own held-out
-# training rows, for the middle size, one seed. Nothing here says which loss is best for a
+# The toy's world is closed, its labels are clean except for the noise put there, its judge
+# cannot be flattered, and a reply is twenty tokens. Learning rates were chosen on the toy's own
+# held-out training rows, for the middle size, one seed. Nothing here says which loss is best for a
 # language model that people talk to; the same commands, with `--models report`, would.

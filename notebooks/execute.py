@@ -65,7 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run the notebooks and write their .ipynb.")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(NAMES)}; all by default")
     names = parser.parse_args().names or NAMES
-    if unknown := sorted(set(names) - set(NAMES)):
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
         parser.error(f"no notebook {', '.join(unknown)} in {FOLDER}")
     for name in names:
         nbformat.write(execute(name), FOLDER / f"{name}.ipynb")
