@@ -74,7 +74,8 @@ REPORT_DEFAULTS = {
     "processes": 8,
     "judge": "server",
 }
-RECOMPUTE = ("12b", "13b", "30b")  # models whose activations would not fit beside the weights
+# Models whose activations would not fit beside the weights on 8 GPUs, by archangel.memory.
+RECOMPUTE = ("7b", "12b", "13b", "30b")
 MAJORITIES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 0.95)
 LABELS = 20  # of each prompt in the contradictory data, so that every majority is a whole number
 
@@ -348,14 +349,44 @@ def record_of(stage: Stage, out: Path) -> Path:
     return out / "stages" / f"{stage.name}.json"
 
 
-def is_done(stage: Stage, out: Path) -> bool:
-    """Whether this same command has succeeded before, and its output is still there."""
+def has_succeeded(stage: Stage, out: Path) -> bool:
+    """Whether this same command has succeeded before."""
     try:
         record = json.loads(record_of(stage, out).read_text())
     except (OSError, ValueError):
         return False
-    is_same = record.get("command") == shlex.join(stage.words)
-    return is_same and record.get("status") == 0 and stage.output.exists()
+    return record.get("command") == shlex.join(stage.words) and record.get("status") == 0
+
+
+def is_done(stage: Stage, out: Path) -> bool:
+    """Whether this same command has succeeded before, and its output is still there."""
+    return has_succeeded(stage, out) and stage.output.exists()
+
+
+def find_done(stages: Sequence[Stage], out: Path) -> set[str]:
+    """The names of the stages that need not run again.
+
+    A stage is outdated if the command of a stage that it needs has changed since then: for example
+    if a model is trained for more steps. Outdated replies and verdicts are removed.
+    """
+    by_name = {stage.name: stage for stage in stages}
+
+    def is_outdated(stage: Stage) -> bool:
+        for need in stage.needs:
+            if not has_succeeded(by_name[need], out) or is_outdated(by_name[need]):
+                return True
+        return False
+
+    done = set()
+    for stage in stages:
+        if not is_done(stage, out):
+            continue
+        if not is_outdated(stage):
+            done.add(stage.name)
+        elif stage.output.suffix == ".jsonl":
+            tqdm.write(f"{stage.output}: outdated, is made anew", file=sys.stderr)
+            stage.output.unlink()
+    return done
 
 
 def last_line(log: Path) -> str:
@@ -414,7 +445,7 @@ def execute(stages: Sequence[Stage], out: Path, jobs: int) -> dict[str, str]:
         The stages that failed or were left out: name to reason.
     """
     (out / "stages").mkdir(parents=True, exist_ok=True)
-    done = {stage.name for stage in stages if is_done(stage, out)}
+    done = find_done(stages, out)
     waiting = [stage for stage in stages if stage.name not in done]
     failed = {}
     running = []

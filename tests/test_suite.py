@@ -291,6 +291,30 @@ def stage(name: str, code: str, out: Path, *needs: str) -> suite.Stage:
 TOUCH = "import sys; open(sys.argv[1], 'a').write('x')"
 
 
+def test_execute_runs_outdated_stages(tmp_path, capsys):
+    """Those that need a stage whose command has changed. Their replies or verdicts are removed."""
+    stages = [
+        stage("model", TOUCH, tmp_path),
+        stage("replies.jsonl", TOUCH, tmp_path, "model"),
+        stage("verdicts.jsonl", TOUCH, tmp_path, "replies.jsonl"),
+        stage("other.jsonl", TOUCH, tmp_path),
+    ]
+    assert suite.execute(stages, tmp_path, 1) == {}
+    stages[0] = stage("model", TOUCH + " ", tmp_path)
+    assert suite.execute(stages, tmp_path, 1) == {}
+    found = {each.name: each.output.read_text() for each in stages}
+    once_more = {"replies.jsonl": "x", "verdicts.jsonl": "x", "other.jsonl": "x"}
+    assert found == {"model": "xx", **once_more}
+    written = capsys.readouterr().err
+    assert f"{tmp_path}/replies.jsonl: outdated" in written
+    assert f"{tmp_path}/verdicts.jsonl: outdated" in written
+    assert "other.jsonl: outdated" not in written
+    records = [
+        json.loads((tmp_path / "stages" / f"{each.name}.json").read_text()) for each in stages
+    ]
+    assert all(record["status"] == 0 for record in records)
+
+
 def test_execute_skips_finished_stages(tmp_path):
     """It runs a stage again if its command has changed, or its output is missing."""
 
