@@ -209,10 +209,10 @@ def trl_variants(config: Config) -> list[Contender]:
 def count_work(examples: Sequence[dict], config: Config) -> dict[str, float]:
     """Tokens, operations and bytes of an average step, before anything is measured."""
     shape = SHAPES[config.model]
-    work = useful_work(examples, shape, config.method)
+    work = useful_work(examples, shape, config.method, config.kl)
     completion_tokens = work["completion_tokens"] / config.steps
     head_passes = 3  # a forward pass, and a backward pass of twice the operations
-    if config.method == "kto":
+    if config.method == "kto" and config.kl == "mismatched":
         head_passes += 1  # the forward pass over mismatched completions
     head_flops = head_passes * 2 * shape.width * shape.vocabulary * completion_tokens
 
@@ -255,8 +255,10 @@ def summarize(
     first_step = turns[1]
     steps = turns[1 + WARMUP_STEPS :]
     num_batches = len(examples) / config.batch_size
-    work = useful_work(examples[: len(steps) * config.batch_size], shape, config.method)
-    first_batch_work = useful_work(examples[: config.batch_size], shape, config.method)
+    measured_examples = examples[: len(steps) * config.batch_size]
+    work = useful_work(measured_examples, shape, config.method, config.kl)
+    first_batch = examples[: config.batch_size]
+    first_batch_work = useful_work(first_batch, shape, config.method, config.kl)
 
     seconds = np.array([step["seconds"] for step in steps])
     lower, median, upper = np.percentile(seconds, [25, 50, 75])

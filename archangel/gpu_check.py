@@ -427,16 +427,6 @@ class SpeedCase:
         """A name for the output."""
         return " ".join([self.method, str(self.micro_batch_tokens), *self.settings.values()])
 
-    def work_method(self) -> str:
-        """As which method workload.useful_work counts the work of a step.
-
-        It counts the mismatched completions of every KTO step, and only --kl mismatched computes
-        them. With --kl other_half, a step computes what one of SFT does.
-        """
-        if self.settings.get("kl") == "other_half":
-            return "sft"
-        return self.method
-
 
 SPEED_CASES = [
     SpeedCase("dpo", 8192),
@@ -536,7 +526,8 @@ def time_case(
     last = first + settings.measured_steps
     measured_seconds = clock.seconds[first:last]
     measured_examples = examples[first * settings.batch_size : last * settings.batch_size]
-    work = useful_work(measured_examples, shape, case.work_method())
+    kl = case.settings.get("kl", "mismatched")
+    work = useful_work(measured_examples, shape, case.method, kl)
     flops_per_second = work["step_flops"] / sum(measured_seconds)
     nominal = nominal_rate(check.device)
     check.report(

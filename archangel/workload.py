@@ -187,13 +187,18 @@ def forward_flops(shape: Shape, num_earlier: int, num_tokens: int) -> int:
     return 2 * weights * num_tokens + 4 * shape.layers * shape.width * num_attended
 
 
-def useful_work(examples: Sequence[dict], shape: Shape, method: str) -> dict[str, int]:
+def useful_work(
+    examples: Sequence[dict], shape: Shape, method: str, kl: str = "mismatched"
+) -> dict[str, int]:
     """The work that no implementation can leave out.
 
     Each prompt and each completion is computed once, and the output head on completion tokens only.
-    A training step costs three forward passes. KTO also needs the log-probability of a mismatched
-    completion after each prompt, without gradient: one forward pass over a completion. It is
-    counted as long as the example's own one, which is nearly true on average.
+    A training step costs three forward passes. KTO with --kl mismatched also needs the
+    log-probability of a mismatched completion after each prompt, without gradient: one forward pass
+    over a completion. It is counted as long as the example's own one, which is nearly true on
+    average.
+
+    kl: KTO's setting of that name.
 
     Returns:
         tokens: of prompts and completions, KTO's mismatched ones included.
@@ -217,7 +222,7 @@ def useful_work(examples: Sequence[dict], shape: Shape, method: str) -> dict[str
         num_tokens += prompt_length + completions_length
         num_completion_tokens += completions_length
         with_gradient += forward_flops(shape, 0, prompt_length) + completions_flops
-        if method == "kto":
+        if method == "kto" and kl == "mismatched":
             num_tokens += completions_length
             without_gradient += completions_flops
     reference_flops = 0

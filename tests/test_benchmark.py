@@ -75,6 +75,10 @@ def test_useful_work_kto():
     mismatched_flops = forward_flops(SHAPE, 5, 3) + 3 * 2 * 8 * 100
     assert with_mismatched["step_flops"] == alone["step_flops"] + mismatched_flops
     assert with_mismatched["reference_flops"] == alone["step_flops"] / 3 + mismatched_flops
+    assert (
+        useful_work([make_example(5, 3)], SHAPE, "kto", "zero")["step_flops"]
+        == (alone["step_flops"])
+    )
     assert alone["tokens"] == 5 + 3
     assert with_mismatched["tokens"] == 5 + 3 + 3
 
