@@ -92,7 +92,7 @@ class Example:
     """A prompt and its completions as token ids: lists, arrays or tensors."""
 
     prompt_ids: Sequence[int]  # at least one
-    completions_ids: list[Sequence[int]]  # of one completion, or of chosen and rejected
+    completions_ids: list[Sequence[int]]  # of one completion, or of chosen, rejected (and target)
 
 
 # What a process without examples computes: one token, and nothing to predict. The process must take

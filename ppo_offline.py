@@ -22,8 +22,8 @@ Deviations from the report:
  2. The log-ratio is clamped to +-20, so that its exponential is finite.
  3. The report does not say where A comes from. Here, as in the authors' code, it is GAE with a
     learned critic; the critic is another one, a linear layer.
- 4. The critic's gradient stops at the value head, so it does not reach the policy's weights. Only
-    the clipping of the gradient is by the norm of both.
+ 4. The critic's gradient stops at the value head, so it does not reach the policy's weights. Policy
+    and critic interact only through the clipping of the gradient's norm.
  5. Advantages are not whitened: the loss would depend on how the batch is divided.
  6. There is no penalty on the KL divergence. The report has none, the authors' code has.
  7. Where the data has more of one class, the other class repeats, so that every batch is balanced.
@@ -73,7 +73,9 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on GPUs
     activation_checkpointing: bool = False  # recompute activations in backward: slower, less memory
     # PPO's own
-    epsilon: float = 0.5  # the ratio is clipped to 1 - epsilon, 1 + epsilon
+    epsilon: float = (
+        0.5  # the ratio is clipped to 1 - epsilon, 1 + epsilon; the report has no value
+    )
     gamma: float = 0.99  # discount of the reward per token (HALOs)
     gae_lambda: float = 0.95  # GAE: 0 has the least variance, 1 the least bias (HALOs)
     critic_weight: float = 0.01  # weight of the critic's loss (HALOs)
@@ -257,7 +259,10 @@ class PolicyWithValues(common.Policy):
         self.value_head = torch.nn.Linear(hidden_size, 1, dtype=lm.dtype, device=lm.device)
 
     def reset_value_head(self) -> None:
-        """Set its weights to 0: all values are 0 before training."""
+        """Set its weights to 0, so that all values are 0 before training.
+
+        To be called after common.load_policy, since sharding discards earlier values.
+        """
         for parameter in self.value_head.parameters():
             torch.nn.init.zeros_(parameter)
 
@@ -418,7 +423,7 @@ def train(config: Config) -> None:
             # The gradient of the mean over the global batch is a sum over micro-batches and
             # processes. FSDP takes the mean over processes, hence world_size.
             (sums["loss"].sum() / num_completion_tokens * run.world_size).backward()
-            sums["loss"] = sums["loss"].detach()
+            sums["loss"] = sums["loss"].detach()  # frees the memory of the backward pass
             micro_sums.append(sums)
 
         sums = gather_sums(micro_sums, micro_batches, len(batch))  # (B,) each

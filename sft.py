@@ -88,7 +88,8 @@ def sft_loss(policy_token_logps: torch.Tensor) -> torch.Tensor:
 def make_examples(records: list[dict], tokenizer, config: Config) -> common.Examples:
     """Records to examples: a prompt and the completion to learn. Undesirable ones are left out.
 
-    The pairs of one prompt often name the same target. It becomes one example.
+    The pairs of one prompt often name the same target. It becomes one example. (Chosen completions
+    that are equal are not merged.)
     """
     texts = []
     targets = set()  # (prompt, target) that are among the texts already

@@ -8,13 +8,14 @@ text that it should write.
     loss        = calibration + lambda_reg * (-log pi(y_target|x))
                   averaged over the global batch
 
-There is no reference model, and no SFT before: the second term takes its place.
+There is no reference model, and in the report no SFT before: the language-modeling term takes the
+place of both.
 
 Deviations from the report:
  1. The second term of the report is over samples of pi_ref, for which it takes the SFT data. Here
     y_target is the record's `target` where it has one, else the chosen completion.
- 2. The report prints a "preference model" for SLiC that is never above 0, so it is no probability,
-    and drops a logarithm in it. It is a utility: see slic_value, in the form of section 4.
+ 2. The report prints a "preference model" for SLiC, a min(0, ...), that is never above 0. So it is
+    no probability but a utility. See slic_value, which has it in the form of section 4.
 
     python slic.py --model toy --data toy --lr 1e-4 --warmup_steps 10 --out runs/slic
     torchrun --nproc_per_node=8 slic.py --model pythia-1.4b

@@ -14,21 +14,21 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A signal ended the program, and its work is saved (exit status 75)."""
+    """A signal ended the program, and its work is saved (exit status 75, as after Ctrl-C)."""
 
 
 @contextlib.contextmanager
 def exit_status() -> Iterator[None]:
     """Run the body of a program, and end the process with its exit status.
 
-    0: done. 2: something that the user can fix, in one line. 75: interrupted; the same command
-    continues, or starts again. Anything else is a fault of the program, and ends with its
-    traceback.
+    0: done. 2: something that the user can fix, in one line: wrong input, a file that cannot be
+    read or written, numbers that are not finite. 75: interrupted; the same command continues, or
+    starts again. Anything else is a fault of the program, and ends with its traceback.
     """
     status = 0
     try:
         yield
-    except (UserError, OSError, FloatingPointError) as error:  # an OSError names its file
+    except (UserError, OSError, FloatingPointError) as error:  # most OSErrors name their file
         tqdm.write(f"error: {error}", file=sys.stderr)
         status = 2
     except (Interrupted, KeyboardInterrupt) as error:

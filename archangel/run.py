@@ -89,8 +89,12 @@ def parse_args(config_class: type[ConfigType], description: str) -> ConfigType:
     source = inspect.getsource(config_class)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
 
+    usage = "%(prog)s"
+    for field in dataclasses.fields(config_class):
+        if field.default is dataclasses.MISSING:
+            usage += f" --{field.name} {field.name.upper()}"
     parser = argparse.ArgumentParser(
-        usage="%(prog)s --model MODEL [--SETTING VALUE ...]",
+        usage=usage + " [--SETTING VALUE ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
