@@ -196,13 +196,6 @@ def test_profile_of_a_gpu(tmp_path, capsys):
     ]
 
 
-def test_other_half_is_counted_as_sft():
-    """A step of KTO computes mismatched completions only with --kl mismatched."""
-    assert gpu_check.SpeedCase("kto", 1, {"kl": "other_half"}).work_method() == "sft"
-    assert gpu_check.SpeedCase("kto", 1, {"kl": "mismatched"}).work_method() == "kto"
-    assert gpu_check.SpeedCase("dpo", 1).work_method() == "dpo"
-
-
 @pytest.mark.parametrize("wrong", ["logp_mean", "gradient_relative"])
 @pytest.mark.parametrize("value", [1.0, math.nan])
 def test_wrong_numbers_fail(wrong, value, tmp_path):
