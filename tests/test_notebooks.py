@@ -85,10 +85,12 @@ def test_trains_by_the_project_alone(name):
     tree = ast.parse("\n".join(code_cells(read(name))))
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not attributes & {"backward", "optim", "step", "zero_grad", "make_optimizer"}
-    imported = {
-        alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names
-    }
-    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
     assert imported & {*SCRIPTS, "archangel"}
 
 
@@ -99,7 +101,8 @@ def test_every_equation_is_read_from_its_file():
     tags = set()
     for script in SCRIPTS:
         for line in (ROOT / f"{script}.py").read_text().splitlines():
-            if tag := re.search(r"  # \((\d)\)", line):
+            tag = re.search(r"  # \((\d)\)", line)
+            if tag:
                 tags.add(tag[1])
                 assert line.strip() in outputs
                 assert line.strip() not in "\n".join(code_cells(notebook))
