@@ -10,6 +10,8 @@ A record is one line of a data file. It has the columns of one of these formats:
 import gzip
 import json
 import os
+import re
+import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -145,57 +147,103 @@ class TokenizedRecord:
 def tokenize(texts: Sequence[tuple[str, list[str]]], tokenizer, config) -> list[TokenizedRecord]:
     """Prompts with their completions to token ids.
 
-    Prompt and completions are encoded separately, so that no token straddles the border. The text
-    of a special token, such as "</s>", stays text. The end-of-sequence token ends every completion
-    that is not cut. A record that is too long loses tokens of the prompt first, down to
-    --max_prompt_length, then of the completions.
+    A prompt's ids are what the tokenizer gives for it, with what it puts before every text, such as
+    a beginning-of-sequence token. A completion's ids are the rest of what it gives for prompt and
+    completion together, so that they decode to the text. The text of a special token, such as
+    "</s>", is that special token. The end-of-sequence token ends every completion that is not cut.
+    A record that is too long loses tokens of the prompt first, down to --max_prompt_length, then of
+    the completions.
     """
-
-    def encode(batch: list[str]) -> list[list[int]]:
-        if not batch:
-            return []
-        return tokenizer(batch, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    bos_ids = []
-    if tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:  # the tokenizer itself adds it
-        bos_ids = [tokenizer.bos_token_id]
+    prefix_ids = find_prefix(tokenizer)
     eos_ids = [tokenizer.eos_token_id]
-
+    special_text = special_token_pattern(tokenizer)
+    num_with_special_text = 0
     tokenized = []
     chunk_size = 1000  # a fast tokenizer encodes many texts at once, in parallel
     for start in progress(range(0, len(texts), chunk_size), "tokenize"):
         chunk = texts[start : start + chunk_size]
-        prompts = []
-        completions = []  # of all records of the chunk
-        for prompt, its_completions in chunk:
-            prompts.append(prompt)
-            completions.extend(its_completions)
-        encoded_prompts = encode(prompts)
-        encoded_completions = iter(encode(completions))
-        for number, (_, its_completions) in enumerate(chunk):
-            completions_ids = [next(encoded_completions) + eos_ids for _ in its_completions]
+        wholes = []  # of all records of the chunk: the prompt, then the prompt with each completion
+        for prompt, completions in chunk:
+            wholes.append(prompt)
+            for completion in completions:
+                wholes.append(prompt + completion)
+            if special_text.search(" ".join([prompt, *completions])):
+                num_with_special_text += 1
+        encoded = iter(encode(tokenizer, wholes))
+        for _, completions in chunk:
+            prompt_ids = next(encoded)
+            completions_ids = []
+            for completion in completions:
+                ids = split_completion(tokenizer, prompt_ids, next(encoded), completion)
+                if ids[-1:] != eos_ids:
+                    ids = ids + eos_ids
+                completions_ids.append(ids)
+            if prefix_ids and prompt_ids[: len(prefix_ids)] == prefix_ids:
+                prompt_ids = prompt_ids[len(prefix_ids) :]  # the text itself begins with it
             tokenized.append(
-                cut_to_length(encoded_prompts[number], completions_ids, bos_ids, eos_ids, config)
+                cut_to_length(prompt_ids, completions_ids, prefix_ids, eos_ids, config)
             )
+    if num_with_special_text > 0 and os.environ.get("RANK", "0") == "0":
+        tqdm.write(
+            f"{num_with_special_text:,} of {len(texts):,} records hold the text of a special "
+            "token, which becomes that token",
+            file=sys.stderr,
+        )
     return tokenized
+
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The token ids of texts, without what the tokenizer puts before and after them."""
+    if not texts:
+        return []
+    # verbose: it would warn of texts that are longer than the model; these are cut later.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def find_prefix(tokenizer) -> list[int]:
+    """The token ids that the tokenizer puts before every text."""
+    ids = tokenizer("x")["input_ids"]
+    first_id = encode(tokenizer, ["x"])[0][0]
+    return ids[: ids.index(first_id)]
+
+
+def special_token_pattern(tokenizer) -> re.Pattern:
+    """Finds the texts of the tokenizer's special tokens."""
+    texts = [re.escape(text) for text in tokenizer.all_special_tokens]
+    return re.compile("|".join(texts))
+
+
+def split_completion(
+    tokenizer, prompt_ids: list[int], whole_ids: list[int], completion: str
+) -> list[int]:
+    """The ids of a completion, given those of its prompt, and of prompt and completion together."""
+    if whole_ids[: len(prompt_ids)] == prompt_ids:
+        return whole_ids[len(prompt_ids) :]
+    # A token spans the border. Then encode the completion after some other character. (Encoded by
+    # itself, it would get a space in front of it from tokenizers such as Llama 2's.)
+    for neighbor in "\na0":
+        neighbor_ids, both_ids = encode(tokenizer, [neighbor, neighbor + completion])
+        if both_ids[: len(neighbor_ids)] == neighbor_ids:
+            return both_ids[len(neighbor_ids) :]
+    raise UserError(f"completion {completion!r:.40}: cannot be encoded apart from its prompt")
 
 
 def cut_to_length(
     prompt_ids: list[int],
     completions_ids: list[list[int]],
-    bos_ids: list[int],
+    prefix_ids: list[int],
     eos_ids: list[int],
     config,
 ) -> TokenizedRecord:
     """Cut a record to --max_length: the prompt first, then the completions."""
     longest_completion = max(len(ids) for ids in completions_ids)
-    room = max(config.max_prompt_length, config.max_length - longest_completion) - len(bos_ids)
+    room = max(config.max_prompt_length, config.max_length - longest_completion) - len(prefix_ids)
     if config.truncate_prompt == "start":
         kept = prompt_ids[max(0, len(prompt_ids) - room) :]
     else:
         kept = prompt_ids[:room]
     was_cut = len(kept) < len(prompt_ids)
-    kept = bos_ids + kept
+    kept = prefix_ids + kept
     if not kept:  # some token must come before a completion's first token, to predict it from
         kept = eos_ids
     room = config.max_length - len(kept)

@@ -125,7 +125,7 @@ def sample(
     room = getattr(model.config, "max_position_embeddings", 2048) - max_new_tokens
     if room < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: no room for a prompt")
-    # Tokenized as in training: with the same first token, and no special token in the text.
+    # Tokenized as in training, with the same tokens at the start.
     settings = SimpleNamespace(max_length=room + 1, max_prompt_length=room, truncate_prompt="start")
     tokenized = tokenize([(prompt["prompt"], [""]) for prompt in prompts], tokenizer, settings)
     prompts_ids = [record.prompt_ids.tolist() for record in tokenized]

@@ -13,12 +13,14 @@ import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import golden_cases
 import numpy as np
 import pytest
 from helpers import TOY, word_tokenizer, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from archangel.errors import UserError
 from archangel.records import (
@@ -28,6 +30,7 @@ from archangel.records import (
     find_file,
     load_records,
     read_split,
+    split_completion,
     tokenize,
 )
 
@@ -518,26 +521,124 @@ def test_tokenize_the_toy():
         assert tokenizer.decode(prompt_ids + ids[:-1]) == record["prompt"] + completion
 
 
-def test_no_token_straddles_the_border():
+@functools.cache
+def space_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a space before every text.
+
+    metaspace: as SentencePiece does, in a pre-tokenizer. prepend: as Llama 2's, in a normalizer.
+    """
+    texts = []
+    for record in [*golden_cases.toy_records(200), *hh_records()]:
+        texts += [record["prompt"], record["chosen"], record["rejected"]]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    else:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "</s>"],
+        initial_alphabet=sorted(set("".join(texts)) | set("▁\n#+:")),
+        max_token_length=8,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+def hh_records() -> list[dict]:
+    """50 records of Anthropic HH."""
+    return [json.loads(line) for line in (golden_cases.FOLDER / "hh.jsonl").open()]
+
+
+def assert_exact(tokenizer, texts: list[tuple[str, list[str]]]) -> None:
+    """Prompt ids are the tokenizer's own; prompt and completion ids decode to the text."""
+    for (prompt, completions), tokenized in zip(texts, tokenize(texts, tokenizer, limits(9999, 9))):
+        prompt_ids, completions_ids = as_lists(tokenized)
+        assert prompt_ids == tokenizer(prompt)["input_ids"]
+        for completion, ids in zip(completions, completions_ids):
+            assert ids[-1] == tokenizer.eos_token_id
+            assert tokenizer.decode(prompt_ids + ids[:-1]) == prompt + completion
+
+
+TOKENIZERS = ["bytes", "metaspace", "prepend"]
+
+
+def tokenizer_of(kind: str):
+    return toy_tokenizer() if kind == "bytes" else space_tokenizer(kind)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokenize_decodes_to_the_text(kind):
+    """Also where a token would span the border, and where the completion begins without a space."""
+    tokenizer = tokenizer_of(kind)
+    texts = [
+        ("### Answer\n", ["The tin bowl is grey."]),
+        ("return ", ["x + 1"]),
+        ("the co", ["lour"]),
+        ("the tin bo", ["wl is grey", "w", " wl"]),
+        ("The tin bowl", [" is grey.", "\nis grey.", "  is grey."]),
+    ]
+    for record in hh_records():
+        texts.append((record["prompt"], [record["chosen"], record["rejected"]]))
+    assert_exact(tokenizer, texts)
+
+
+TEXTS = st.text(st.sampled_from("theco lurwn\n.:?H"), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(prompt=TEXTS.filter(lambda text: text[0] != " "), completion=TEXTS)
+def test_tokenize_decodes_to_any_text(kind, prompt, completion):
+    """Metaspace drops a space at the beginning of a text, so none is there."""
+    assert_exact(tokenizer_of(kind), [(prompt, [completion])])
+
+
+def test_spanning_token_is_not_used():
+    """The prompt's ids do not depend on the completion."""
     tokenizer = toy_tokenizer()
     (tokenized,) = tokenize([("the co", ["lour"])], tokenizer, limits(100, 50))
     prompt_ids, (completion_ids,) = as_lists(tokenized)
-    assert tokenizer.decode(prompt_ids) == "the co"
-    assert tokenizer.decode(completion_ids[:-1]) == "lour"
     assert prompt_ids + completion_ids[:-1] != tokenizer("the colour")["input_ids"]
 
 
-def test_text_of_a_special_token_stays_text():
+def test_text_of_a_special_token_is_that_token(capsys):
+    """As people who write a template by themselves expect it. One line says how many there are."""
     tokenizer = toy_tokenizer()
     eos = tokenizer.eos_token_id
-    text = f"a{tokenizer.eos_token}b"
-    (tokenized,) = tokenize([(text, [text])], tokenizer, limits(200, 100))
-    prompt_ids, (completion_ids,) = as_lists(tokenized)
-    assert eos not in prompt_ids
-    assert tokenizer.decode(prompt_ids) == text
-    assert completion_ids.count(eos) == 1
-    assert completion_ids[-1] == eos
-    assert tokenizer.decode(completion_ids[:-1]) == text
+    with_eos = f"a{tokenizer.eos_token}b"
+    texts = [(with_eos, [with_eos, "b"]), ("a", ["b"])]
+    first, second = tokenize(texts, tokenizer, limits(200, 100))
+    (a, b) = tokenizer("ab")["input_ids"]
+    assert as_lists(first) == ([a, eos, b], [[a, eos, b, eos], [b, eos]])
+    assert as_lists(second) == ([a], [[b, eos]])
+    assert "1 of 2 records hold the text of a special token" in capsys.readouterr().err
+    tokenize(texts[1:], tokenizer, limits(200, 100))
+    assert capsys.readouterr().err == ""
+
+
+def test_special_tokens_come_once():
+    """What the text has at its beginning or end is not added again."""
+    tokenizer = word_tokenizer(add_bos=True)
+    texts = [("<s> " + words(20), [" " + words(40) + " </s>", " " + words(40)])]
+    (tokenized,) = tokenize(texts, tokenizer, limits())
+    assert as_lists(tokenized) == ([0, 20], [[40, 1], [40, 1]])
+
+
+def test_border_that_cannot_be_resolved():
+    """A tokenizer for which every token depends on all of the text."""
+
+    def encode_whole(texts, add_special_tokens=False, verbose=False):
+        return {"input_ids": [[100 + len(text)] * 2 for text in texts]}
+
+    with pytest.raises(UserError, match="completion 'a b': cannot be encoded apart"):
+        split_completion(encode_whole, [103, 103], [106, 106], "a b")
 
 
 def test_tokenize_keeps_the_order():
