@@ -3,7 +3,8 @@
 A record is one line of a data file. It has the columns of one of these formats:
 
     preference    prompt, chosen, rejected      and optionally target, which SFT and SLiC imitate
-    unpaired      prompt, completion, label     label is true (desirable) or false
+    unpaired      prompt, completion, label     label is true (desirable) or false; also 1 or 0,
+                                                or "desirable", "good", "yes" and their opposites
     supervised    prompt, completion
 """
 
@@ -27,6 +28,19 @@ COLUMNS = {
     "preference": ("prompt", "chosen", "rejected"),
     "unpaired": ("prompt", "completion", "label"),
     "supervised": ("prompt", "completion"),
+}
+# How data sets spell labels. 1 also stands for true and 1.0, which are equal to it in Python.
+LABELS = {1: True, 0: False}
+LABELS |= dict.fromkeys(["true", "1", "1.0", "yes", "good", "chosen", "desirable"], True)
+LABELS |= dict.fromkeys(["false", "0", "0.0", "no", "bad", "rejected", "undesirable"], False)
+# Columns that change what a record means and that no loss reads, and what to do instead.
+REFUSED_COLUMNS = {
+    "system": "put its text at the beginning of the prompt",
+    "tools": "put them into the prompt, as the model expects them there",
+    "images": "only text can be learned from",
+    "image": "only text can be learned from",
+    "videos": "only text can be learned from",
+    "audio": "only text can be learned from",
 }
 MAX_LINE_BYTES = 2**26  # a small compressed file may hold a line that would fill the memory
 MAX_TEST_RECORDS = 512  # held-out records that are evaluated
@@ -65,7 +79,7 @@ def read_split(data: str, split: str, formats: Sequence[str]) -> list[dict]:
         with open_file(path, "rb") as file:
             lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
             for number, line in enumerate(lines, 1):
-                where = f"{path}, row {number}"
+                where = f"{path}, line {number}"
                 if len(line) == MAX_LINE_BYTES:
                     raise ValueError(f"is longer than {MAX_LINE_BYTES} bytes")
                 text = line.decode("utf-8-sig").strip()
@@ -78,7 +92,7 @@ def read_split(data: str, split: str, formats: Sequence[str]) -> list[dict]:
             reason += "; python -m archangel.data rows makes JSONL of other files"
         raise UserError(f"{where}: {reason}") from None
     if not records and split == "train":
-        raise UserError(f"--data {path}: has no rows")
+        raise UserError(f"--data {path}: has no records")
     return records
 
 
@@ -118,14 +132,16 @@ def _check_record(record: object, formats: Sequence[str]) -> dict:
     else:
         needed = " or ".join("{" + ", ".join(COLUMNS[name]) + "}" for name in formats)
         raise ValueError(f"has {sorted(record)}; this loss needs {needed}")
+    for column, advice in REFUSED_COLUMNS.items():
+        if record.get(column):
+            raise ValueError(f"has a column {column}, which would be lost; {advice}")
     checked = {}
     for column in (*columns, "target"):
         if column not in record:
             continue
         value = record[column]
         if column == "label":
-            if not isinstance(value, bool):
-                raise ValueError(f"label must be true or false, not {value!r:.40}")
+            value = parse_label(value)
         elif not isinstance(value, str):
             raise ValueError(f"{column} must be text, not {value!r:.40}")
         elif column != "prompt" and not value.strip():
@@ -133,6 +149,17 @@ def _check_record(record: object, formats: Sequence[str]) -> dict:
         checked[column] = value
     json.dumps(checked, ensure_ascii=False).encode()  # an unpaired surrogate raises ValueError
     return checked
+
+
+def parse_label(value: object) -> bool:
+    """A label as one of the LABELS. Raises ValueError."""
+    if isinstance(value, str):
+        value = value.strip().lower()
+    if not isinstance(value, str | int | float) or value not in LABELS:
+        raise ValueError(
+            f"label must be true or false (or 1 or 0, desirable or undesirable), not {value!r:.40}"
+        )
+    return LABELS[value]
 
 
 @dataclass

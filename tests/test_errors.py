@@ -31,14 +31,14 @@ def record_case(record, *words) -> tuple[dict, list[str]]:
     """A file whose second record is wrong. The line names it, and has these words."""
     text = record if isinstance(record, str) else json.dumps(record)
     given = {"records": json.dumps(PAIR) + "\n" + text + "\n"}
-    return given, ["records.jsonl, row 2", *words]
+    return given, ["records.jsonl, line 2", *words]
 
 
 # (name, scripts, what is given, words that the line must have)
 CASES = [
     ("missing file", SCRIPTS, {"data": "no/such.jsonl"}, ["no/such.jsonl"]),
     ("folder without records", SCRIPTS, {"data": "empty"}, ["empty/train.jsonl"]),
-    ("file without records", SCRIPTS, {"records": "\n\n"}, ["records.jsonl", "no rows"]),
+    ("file without records", SCRIPTS, {"records": "\n\n"}, ["records.jsonl", "no records"]),
     ("not JSON", ["kto"], *record_case("{")),
     ("no object", SCRIPTS, *record_case([1, 2], "JSON object")),
     ("column missing", SCRIPTS, *record_case(without(PAIR, "prompt"), "prompt", "needs")),
@@ -52,8 +52,9 @@ CASES = [
         ["dpo"],
         *record_case('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}'),
     ),
-    ("label 1", ["kto", "ppo_offline"], *record_case({**DESIRABLE, "label": 1}, "true or false")),
-    ("label as text", ["kto"], *record_case({**DESIRABLE, "label": "true"}, "true or false")),
+    ("label 2", ["kto", "ppo_offline"], *record_case({**DESIRABLE, "label": 2}, "true or false")),
+    ("label as text", ["kto"], *record_case({**DESIRABLE, "label": "fine"}, "true or false")),
+    ("system prompt", ["dpo"], *record_case({**PAIR, "system": "Hi"}, "system", "the prompt")),
     ("unpaired records", ["dpo", "slic"], *record_case(DESIRABLE, "{prompt, chosen, rejected}")),
     ("supervised records", ["kto"], *record_case(without(DESIRABLE, "label"), "needs", "label")),
     ("only desirable", ["kto"], {"records": json.dumps(DESIRABLE)}, ["True", "sft.py"]),

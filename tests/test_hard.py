@@ -448,7 +448,7 @@ def test_data_that_differ(what, data, tmp_path):
     if what == "a bad record":
         assert statuses[0] != 0
         assert statuses[1] == 2
-        assert "records1.jsonl, row 17: has ['prompt', 'rejected']" in line
+        assert "records1.jsonl, line 17: has ['prompt', 'rejected']" in line
     else:
         assert statuses == [2, 2]
         assert "not the same for all processes" in line

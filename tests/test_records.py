@@ -248,11 +248,14 @@ DEEP = '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + ', "completion": "c"}'
         ({**PAIR, "rejected": " "}, "rejected"),
         ({**PAIR, "target": ""}, "target"),
         ({**PAIR, "target": None}, "target"),
-        ({**UNPAIRED, "label": 0}, "label"),
-        ({**UNPAIRED, "label": 1}, "label"),
-        ({**UNPAIRED, "label": 1.0}, "label"),
-        ({**UNPAIRED, "label": "true"}, "label"),
+        ({**UNPAIRED, "label": 2}, "label"),
+        ({**UNPAIRED, "label": 0.5}, "label"),
+        ({**UNPAIRED, "label": "fine"}, "label"),
         ({**UNPAIRED, "label": None}, "label"),
+        ({**UNPAIRED, "label": [1]}, "label"),
+        ({**PAIR, "system": "Be brief."}, "beginning of the prompt"),
+        ({**PAIR, "tools": [{"name": "search"}]}, "tools"),
+        ({**SUPERVISED, "images": ["a.png"]}, "only text"),
         ({**SUPERVISED, "prompt": None}, "prompt"),
         ({**SUPERVISED, "prompt": 3}, "prompt"),
         ({**SUPERVISED, "prompt": ["Q:"]}, "prompt"),
@@ -268,6 +271,20 @@ def test_bad_record_is_named(tmp_path, line, said):
     assert names_line(message, data, 4)
     assert said in message
     assert len(message) < 500
+
+
+def test_labels(tmp_path):
+    """As data sets spell them. A column that has nothing in it is not lost."""
+    labels = {
+        True: [True, 1, 1.0, "true", "True", "1", "1.0", " yes", "good", "chosen", "desirable"],
+        False: [False, 0, 0.0, "false", "FALSE", "0", "no", "bad", "rejected", "undesirable"],
+    }
+    for label, spellings in labels.items():
+        records = [{**UNPAIRED, "label": spelling, "system": ""} for spelling in spellings]
+        data = write(tmp_path / "records.jsonl", records)
+        found = read_split(data, "train", ["unpaired"])
+        assert found == [{**UNPAIRED, "label": label}] * len(spellings)
+        assert all(type(record["label"]) is bool for record in found)
 
 
 def test_record_of_another_format_is_named(tmp_path):
@@ -422,8 +439,15 @@ def should_read(line: str, formats: list[str]) -> dict | None:
             kept[column] = value
     for column, value in kept.items():
         if column == "label":
-            if value is not True and value is not False:
+            if isinstance(value, str):
+                value = value.strip().lower()
+            if value in ("true", "1", "1.0", "yes", "good", "chosen", "desirable"):
+                value = True
+            if value in ("false", "0", "0.0", "no", "bad", "rejected", "undesirable"):
+                value = False
+            if not isinstance(value, bool | int | float) or value not in (0, 1):
                 return None
+            kept["label"] = value == 1
         elif type(value) is not str:
             return None
         elif any("\ud800" <= character <= "\udfff" for character in value):
