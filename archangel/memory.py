@@ -143,6 +143,7 @@ def command(name: str, processes: int, settings: Config) -> str | None:
             per_node = min(processes, 8)
             if processes > per_node:
                 words.append(f"--nnodes={processes // per_node}")
+                words += ["--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
             words += [f"--nproc_per_node={per_node}", "kto.py", "--model", name]
             if checkpointing:
                 words.append("--activation_checkpointing")

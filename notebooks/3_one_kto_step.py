@@ -62,7 +62,7 @@ BOXES = {  # name: (x, y, what)
     "tokens": (0, 0, "tokens\nkto.make_examples"),
     "batch": (1, 0.5, "a batch, each prompt once\ncommon.make_batch"),
     "policy": (2, 1, "log-probabilities\ncommon.completion_logps"),
-    "column": (2, 0, "reference column, once\ncommon.add_reference_logps"),
+    "column": (2, 0, "reference log-probabilities, once\ncommon.add_reference_logps"),
     "ratios": (3, 0.5, "log-ratios\npolicy minus reference"),
     "point": (4, 0, "reference point\nkto.kl_from_other_half"),
     "loss": (4, 1, "loss, equation (7)\nkto.kto_loss"),

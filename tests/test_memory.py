@@ -107,7 +107,10 @@ def test_command():
     settings = memory.Config()
     assert memory.command("llama-30b", 1, settings) is None
     assert memory.command("pythia-1.4b", 1, settings).endswith("--model pythia-1.4b")
-    assert memory.command("llama-13b", 16, settings).startswith("torchrun --nnodes=2 --nproc_per")
+    two_nodes = (
+        "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --nproc_per_node=8"
+    )
+    assert memory.command("llama-13b", 16, settings).startswith(two_nodes)
     assert "--activation_checkpointing" in memory.command("llama-13b", 16, settings)
 
 

@@ -338,7 +338,7 @@ def test_processes(script, kl, tmp_path):
         assert (metric(expected, "kl").max() > 1) == (kl != "zero")
 
 
-@pytest.mark.parametrize("script", SCRIPTS if LONG else ["dpo", "kto"])
+@pytest.mark.parametrize("script", SCRIPTS if LONG else ["kto"])
 def test_forty_steps_in_float32(script, data, tmp_path):
     """Two processes with little memory stay together with one.
 
