@@ -73,9 +73,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on GPUs
     activation_checkpointing: bool = False  # recompute activations in backward: slower, less memory
     # PPO's own
-    epsilon: float = (
-        0.5  # the ratio is clipped to 1 - epsilon, 1 + epsilon; the report has no value
-    )
+    epsilon: float = 0.5  # the ratio is clipped to 1 +- epsilon; the report has no value
     gamma: float = 0.99  # discount of the reward per token (HALOs)
     gae_lambda: float = 0.95  # GAE: 0 has the least variance, 1 the least bias (HALOs)
     critic_weight: float = 0.01  # weight of the critic's loss (HALOs)

@@ -1,5 +1,8 @@
 """What is wrong with what the user gave is said in one line, before a model is loaded."""
 
+import argparse
+import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -210,6 +213,25 @@ class PlainConfig:
     beta: float = 0.5
     epochs: int = 1  # passes over the data
     resume: bool = False
+
+
+@pytest.mark.parametrize("script", golden_cases.SCRIPTS)
+def test_every_setting_is_explained(script, monkeypatch):
+    """In --help, which a comment that is not on the line of its setting would not reach."""
+    helps = {}
+    add_argument = argparse.ArgumentParser.add_argument
+
+    def watch(parser, *flags, **options):
+        helps[flags[-1]] = options["help"]
+        return add_argument(parser, *flags, **options)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", watch)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--model", "toy"])
+    config_class = importlib.import_module(script).Config
+    run.parse_args(config_class, "")
+    for field in dataclasses.fields(config_class):
+        explanation, _, _ = helps[f"--{field.name}"].partition("(default:")
+        assert explanation.strip(), field.name
 
 
 def test_settings_without_a_comment(monkeypatch, capsys):
