@@ -3,7 +3,7 @@
 In the order of this file:
 
     start_run                           processes and device
-    Example, Examples                   token ids, and columns that describe them
+    load_records, Examples              token ids, and columns that describe them
     make_micro_batches, gather_batch    a global batch to micro-batches, and back to (B,) results
     completion_logps                    micro-batch to log-probability of every completion token
     load_policy                         the language model, sharded with FSDP over the processes
@@ -22,9 +22,11 @@ float64. With run.bfloat16, matrix products are in bfloat16 (autocast); with sev
 are all weights during the forward and the backward pass (FSDP).
 """
 
+import itertools
 import math
 import os
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,15 +47,17 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from archangel import packed
+from archangel.data import prepare_mixture
 
 # "X as X" marks what is imported for the scripts, which import nothing else of the project.
 from archangel.errors import UserError as UserError
-from archangel.records import load_records as load_records
-from archangel.records import tokenize as tokenize
 from archangel.run import Run as Run
 from archangel.run import build_without_weights, load_language_model
 from archangel.run import check_settings as check_settings
+from archangel.run import data_name as data_name
 from archangel.run import run_script as run_script
+from archangel.tokens import MappedExample, Tally, load_tokens, prepare_tokens
+from archangel.tokens import TokenizedRecords as TokenizedRecords
 
 # Logits (tokens x vocabulary) that are in memory at once: 512 MiB in float32.
 MAX_LOGITS = 2**27
@@ -87,12 +91,37 @@ def start_run(config) -> Run:
 # ----------------------------------------------------------------------------------- the examples
 
 
+def load_records(run: Run, formats: Sequence[str]) -> tuple[TokenizedRecords, TokenizedRecords]:
+    """The token ids of the training and of the held-out records of --data, not cut yet.
+
+    One process of each machine computes them, unless an earlier run has; the others then read its
+    file. Raises UserError if a record has none of these formats, or if no record can be used.
+    """
+    error = None
+    if run.local_rank == 0:
+        try:
+            prepare_mixture(run.config.data)  # the report's mixture, on its first use
+            prepare_tokens(run.config.data, run.tokenizer)
+        except UserError as caught:
+            error = caught
+    run.raise_everywhere(error)
+    return load_tokens(run.config.data, formats, run.tokenizer)
+
+
 @dataclass
 class Example:
     """A prompt and its completions as token ids: lists, arrays or tensors."""
 
     prompt_ids: Sequence[int]  # at least one
     completions_ids: list[Sequence[int]]  # of one completion, or of chosen, rejected (and target)
+
+    def lengths(self) -> tuple[int, list[int]]:
+        """Tokens of the prompt and of each completion."""
+        return len(self.prompt_ids), [len(ids) for ids in self.completions_ids]
+
+    def prompt_key(self) -> bytes:
+        """Something that is equal for equal prompts."""
+        return np.asarray(self.prompt_ids, dtype=np.int32).tobytes()
 
 
 # What a process without examples computes: one token, and nothing to predict. The process must take
@@ -103,36 +132,71 @@ EMPTY_EXAMPLE = Example(prompt_ids=[0], completions_ids=[])
 class Examples(Sequence):
     """A sequence of examples, with columns of what schedules and checks need to know of them.
 
+    Token ids are read when an example is asked for: they stay in the file of the records.
+
     Columns, with one value for each example:
         length: tokens of the prompt and the longest completion.
         num_tokens: tokens of the prompt and all completions.
-        prompt_number: equal for equal prompts.
+        prompt_number: equal for equal prompts, as they are before they are cut.
         record_number: which record of the data the example was made from. Examples of one record
             have the same prompt.
         was_cut: whether tokens were cut off, to keep within --max_length.
         desirable: the label, for losses on labelled completions; else None.
     """
 
-    def __init__(self):
-        self._examples: list[Example] = []
-        self._prompt_numbers: dict[bytes, int] = {}
-        self.length: list[int] = []
-        self.num_tokens: list[int] = []
-        self.prompt_number: list[int] = []
-        self.record_number: list[int] = []
+    def __init__(self, records: TokenizedRecords | None = None, config=None):
+        self.records = records
+        self.left_out = Tally()  # records that give no example, by reason
+        self._config = config
+        self._examples: list[Example | MappedExample] = []
+        self._prompt_numbers: dict[bytes | int, int] = {}
+        # Arrays take a quarter of the memory of lists.
+        self.length = array("q")
+        self.num_tokens = array("q")
+        self.prompt_number = array("q")
+        self.record_number = array("q")
         self.was_cut: list[bool] = []
         self.desirable: list[bool | None] = []
         # The reference model's log-probabilities of all completion tokens, one example after the
         # other; those of example i are reference_logps[offsets[i] : offsets[i + 1]].
-        self.offsets: list[int] = [0]
+        self.offsets = array("q", [0])
         self.reference_logps: np.ndarray | None = None
         # For KTO's --kl mismatched: example i is the prompt of example i here, with the completion
         # of an example of another prompt.
         self.mismatched: Examples | None = None
 
+    def add_record(
+        self,
+        number: int,
+        completions: Sequence[tuple[str, ...]],
+        labels: Sequence[bool | None] = (None,),
+    ) -> None:
+        """Add the examples of a record, which share its prompt.
+
+        Args:
+            number: of the record.
+            completions: the names of the completions of each example, such as ("chosen",).
+            labels: of each example: whether it is desirable.
+        """
+        names = list(itertools.chain.from_iterable(completions))
+        cut = self.records.cut(number, names, self._config)
+        if cut is None:
+            self.leave_out(number, f"longer than --max_length {self._config.max_length}")
+            return
+        prompt_length, was_cut = cut
+        for names_of_example, desirable in zip(completions, labels, strict=True):
+            example = MappedExample(
+                self.records, self._config, number, prompt_length, names_of_example, number
+            )
+            self.append(example, number, was_cut, desirable)
+
+    def leave_out(self, number: int, reason: str) -> None:
+        """Count a record that gives no example."""
+        self.left_out.add(reason, self.records.place(number))
+
     def append(
         self,
-        example: Example,
+        example: Example | MappedExample,
         record_number: int | None = None,
         was_cut: bool = False,
         desirable: bool | None = None,
@@ -140,12 +204,11 @@ class Examples(Sequence):
         """Add an example. Without a record_number, it is made from a record of its own."""
         if record_number is None:
             record_number = len(self)
-        lengths = [len(ids) for ids in example.completions_ids]
-        prompt = np.asarray(example.prompt_ids, dtype=np.int32).tobytes()
-        self.length.append(len(example.prompt_ids) + max(lengths))
-        self.num_tokens.append(len(example.prompt_ids) + sum(lengths))
+        prompt_length, lengths = example.lengths()
+        self.length.append(prompt_length + max(lengths))
+        self.num_tokens.append(prompt_length + sum(lengths))
         self.prompt_number.append(
-            self._prompt_numbers.setdefault(prompt, len(self._prompt_numbers))
+            self._prompt_numbers.setdefault(example.prompt_key(), len(self._prompt_numbers))
         )
         self.record_number.append(record_number)
         self.was_cut.append(was_cut)
@@ -157,7 +220,12 @@ class Examples(Sequence):
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Example:
-        return self._examples[index]
+        example = self._examples[index]
+        return Example(example.prompt_ids, example.completions_ids)
+
+    def with_completions_of(self, index: int, other: int) -> MappedExample:
+        """The prompt of one example with the completions of another."""
+        return self._examples[index].with_completions_of(self._examples[other])
 
     def num_completion_tokens(self, indices: Sequence[int]) -> int:
         """Completion tokens of the examples with these indices."""

@@ -14,17 +14,23 @@ the policy pi. Sampling is slow, so it is estimated with completions of the data
     --kl mismatched  (the KTO paper)   mean log-ratio r(x, y'), where y' belongs to another prompt
     --kl zero                          0, for comparison
 
-Deviations from the report:
- 1. Equation (7) is a utility, to be maximized. The loss is one minus it.
- 2. The reference point is clamped at 0: a KL divergence is never negative, but its estimate can be.
+Deviations from the report (Ethayarajh et al., Human-Centered Loss Functions, December 2023, in
+github.com/ContextualAI/HALOs with the authors' code; the KTO paper is arXiv 2402.01306):
+ 1. Equation (7) is a utility, to be maximized. The loss is one minus it, as in the authors' code.
+ 2. The reference point is clamped at 0, as in the authors' code: a KL divergence is never negative,
+    but its estimate can be.
  3. The reference point is a constant of the loss, like z_ref in equation (6): no gradient flows
     through it. Otherwise each example would also train the examples of the other class, through
-    their mean.
+    their mean. The report does not say; in the authors' code of the time, gradient flowed through
+    it, in the KTO paper it does not.
  4. The reference point is estimated over the global batch, of all processes and all micro-batches.
-    The report has the other half of a minibatch.
- 5. The two class weights and --kl mismatched are from the KTO paper (arXiv 2402.01306). The paper
-    mismatches neighbors in a minibatch; here the pairing is drawn once for the whole data set.
- 6. Where the data has more of one class, the other class repeats, so that every batch is balanced.
+    The report has the other half of a minibatch, the authors' code that of one process.
+ 5. The two class weights and --kl mismatched are from the KTO paper. The paper mismatches neighbors
+    in a minibatch; here the pairing is drawn once for the whole data set.
+ 6. Where the data has more of one class, the other class repeats, so that every batch is half
+    desirable, half undesirable. So the paper's rule for class weights holds for desirable_weight /
+    undesirable_weight itself, whatever the balance of the data: it should be within 1 and 4/3 (in
+    the paper's ICML version, 1 and 3/2).
 
     python kto.py --model toy --data toy --lr 2e-4 --warmup_steps 10 --out runs/kto
     torchrun --nproc_per_node=8 kto.py --model pythia-1.4b
@@ -52,7 +58,7 @@ class Config:
     """
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
-    data: str = "archangel"  # archangel (HH, SHP, OASST), toy, a .jsonl or a folder of train, test
+    data: str | list[str] = "archangel"  # archangel, toy, files, a folder or a hub id; see below
     out: str = "runs/kto"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
@@ -63,7 +69,7 @@ class Config:
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled down to this norm (HALOs)
     max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
-    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens (HALOs)
+    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens
     truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
     seed: int = 1  # determines the order of the data (HALOs)
     eval_every: int = 0  # steps between evaluations; 0: only before and after training
@@ -73,8 +79,8 @@ class Config:
     activation_checkpointing: bool = False  # recompute activations in backward: slower, less memory
     # KTO's own
     beta: float = 0.1  # a reward is beta times the log-ratio (HALOs)
-    desirable_weight: float = 1.0  # weight of the losses of desirable examples
-    undesirable_weight: float = 1.0  # weight of the losses of undesirable examples
+    desirable_weight: float = 1.0  # of desirable examples' losses; see 6 above for its range
+    undesirable_weight: float = 1.0  # of undesirable examples' losses
     kl: Literal["other_half", "mismatched", "zero"] = "other_half"  # the reference point, see above
 
     def __post_init__(self):
@@ -176,29 +182,18 @@ def kto_value(z: torch.Tensor, z_ref: torch.Tensor | float) -> torch.Tensor:
 # --------------------------------------------------------------------------- records to examples
 
 
-def make_examples(records: list[dict], tokenizer, config: Config) -> common.Examples:
-    """Records to examples of one completion each. A preference pair makes two examples."""
-    texts = []
-    labels = []
-    for record in records:
-        if "chosen" in record:
-            texts.append((record["prompt"], [record["chosen"], record["rejected"]]))
-            labels.append([True, False])
+def make_examples(records: common.TokenizedRecords, config: Config) -> common.Examples:
+    """Records to examples of one completion each. A preference pair makes two examples.
+
+    These have the same prompt and record number, so that the reference pass computes them together.
+    In training they are independent.
+    """
+    examples = common.Examples(records, config)
+    for number, label in enumerate(records.label):
+        if label is None:  # a pair
+            examples.add_record(number, [("chosen",), ("rejected",)], labels=[True, False])
         else:
-            texts.append((record["prompt"], [record["completion"]]))
-            labels.append([record["label"]])
-    examples = common.Examples()
-    for number, tokenized in enumerate(common.tokenize(texts, tokenizer, config)):
-        for completion_ids, desirable in zip(tokenized.completions_ids, labels[number]):
-            # The two examples of a pair hold the same prompt_ids, and have the same record number:
-            # the reference pass computes them together. In training they are independent.
-            example = common.Example(tokenized.prompt_ids, [completion_ids])
-            examples.append(
-                example,
-                record_number=number,
-                was_cut=tokenized.was_cut,
-                desirable=desirable,
-            )
+            examples.add_record(number, [("completion",)], labels=[label])
     if config.kl == "mismatched":
         examples.mismatched = draw_mismatched(examples, config)
     return examples
@@ -208,8 +203,8 @@ def draw_mismatched(examples: common.Examples, config: Config) -> common.Example
     """Each example's prompt with a completion drawn from the examples of other prompts."""
     if len(examples) > 0 and len(set(examples.prompt_number)) < 2:
         raise common.UserError(
-            f"--data {config.data}: --kl mismatched needs two different prompts to train on; the "
-            "held-out records, if any, need two as well"
+            f"--data {common.data_name(config)}: --kl mismatched needs two different prompts to "
+            "train on; the held-out records, if any, need two as well"
         )
     mismatched = common.Examples()
     rng = np.random.default_rng(config.seed)
@@ -217,11 +212,8 @@ def draw_mismatched(examples: common.Examples, config: Config) -> common.Example
         other = rng.integers(len(examples))
         while examples.prompt_number[other] == examples.prompt_number[index]:
             other = rng.integers(len(examples))
-        prompt_ids = examples[index].prompt_ids
-        room = config.max_length - len(prompt_ids)
-        completion_ids = examples[other].completions_ids[0][:room]
         mismatched.append(
-            common.Example(prompt_ids, [completion_ids]),
+            examples.with_completions_of(index, other),  # cut to the room that this prompt leaves
             record_number=examples.record_number[index],
         )
     return mismatched
@@ -238,8 +230,8 @@ def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
     if not desirable_indices or not undesirable_indices:
         only_label = len(desirable_indices) > 0
         raise common.UserError(
-            f"--data {config.data}: every label is {only_label}; this loss learns from desirable "
-            "and undesirable completions: add records of the other kind, or use sft.py"
+            f"--data {common.data_name(config)}: every label is {only_label}; this loss needs "
+            "desirable and undesirable completions: add records of the other kind, or use sft.py"
         )
     larger = desirable_indices
     smaller = undesirable_indices
@@ -397,11 +389,12 @@ def pair_accuracy(log_ratios: torch.Tensor, examples: common.Examples) -> dict[s
 def train(config: Config) -> None:
     """Train --model on --data into --out."""
     run = common.start_run(config)
-    records, test_records = common.load_records(config.data, FORMATS)
-    train_set = make_examples(records, run.tokenizer, config)
-    test_set = make_examples(test_records, run.tokenizer, config)
+    records, test_records = common.load_records(run, FORMATS)
+    train_set = make_examples(records, config)
+    test_set = make_examples(test_records, config)
+    run.check_examples(train_set, test_set)
     schedule = make_schedule(train_set, config)  # the example indices of every step
-    run.check_data(len(records), train_set, test_set, schedule)
+    run.check_run(train_set, test_set, schedule)
     if run.is_finished():
         return
 

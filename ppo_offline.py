@@ -16,17 +16,22 @@ critic is trained, V is 0, and n tokens before the last one A is the reward time
 gae_lambda)^n: by default 0.3 times the reward for n = 19, and 0.05 times for n = 49. So the last
 tokens of a completion are trained most.
 
-Deviations from the report:
+Deviations from the report (Ethayarajh et al., Human-Centered Loss Functions, December 2023, in
+github.com/ContextualAI/HALOs with the authors' code):
  1. The report prints the ratio as log(pi / pi_ref), but clips it around 1. Here it is the
     exponential of that, as in PPO and in the authors' code.
  2. The log-ratio is clamped to +-20, so that its exponential is finite.
  3. The report does not say where A comes from. Here, as in the authors' code, it is GAE with a
-    learned critic; the critic is another one, a linear layer.
+    learned critic; the critic is another one: a linear layer, which begins at zero and learns GAE's
+    returns. (Theirs has three layers, and learns the reward that comes after a token.)
  4. The critic's gradient stops at the value head, so it does not reach the policy's weights. Policy
     and critic interact only through the clipping of the gradient's norm.
- 5. Advantages are not whitened: the loss would depend on how the batch is divided.
+ 5. Advantages are not whitened, as they are in the authors' code: the loss would depend on how the
+    batch is divided.
  6. There is no penalty on the KL divergence. The report has none, the authors' code has.
- 7. Where the data has more of one class, the other class repeats, so that every batch is balanced.
+ 7. The report has no value for epsilon. The ratio is clipped to 1 +- 0.5; the authors' code clips
+    it to [0.5, 2], between 0.5 and its inverse.
+ 8. Where the data has more of one class, the other class repeats, so that every batch is balanced.
 
     python ppo_offline.py --model toy --data toy --lr 3e-5 --warmup_steps 10 --out runs/ppo
     torchrun --nproc_per_node=8 ppo_offline.py --model pythia-1.4b
@@ -53,7 +58,7 @@ class Config:
     """
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
-    data: str = "archangel"  # archangel (HH, SHP, OASST), toy, a .jsonl or a folder of train, test
+    data: str | list[str] = "archangel"  # archangel, toy, files, a folder or a hub id; see below
     out: str = "runs/ppo_offline"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
@@ -64,7 +69,7 @@ class Config:
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled down to this norm (HALOs)
     max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
-    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens (HALOs)
+    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens
     truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
     seed: int = 1  # determines the order of the data (HALOs)
     eval_every: int = 0  # steps between evaluations; 0: only before and after training
@@ -176,29 +181,18 @@ def rlhf_value(reward_chosen: torch.Tensor, reward_rejected: torch.Tensor) -> to
 # --------------------------------------------------------------------------- records to examples
 
 
-def make_examples(records: list[dict], tokenizer, config: Config) -> common.Examples:
-    """Records to examples of one completion each. A preference pair makes two examples."""
-    texts = []
-    labels = []
-    for record in records:
-        if "chosen" in record:
-            texts.append((record["prompt"], [record["chosen"], record["rejected"]]))
-            labels.append([True, False])
+def make_examples(records: common.TokenizedRecords, config: Config) -> common.Examples:
+    """Records to examples of one completion each. A preference pair makes two examples.
+
+    These have the same prompt and record number, so that the reference pass computes them together.
+    In training they are independent.
+    """
+    examples = common.Examples(records, config)
+    for number, label in enumerate(records.label):
+        if label is None:  # a pair
+            examples.add_record(number, [("chosen",), ("rejected",)], labels=[True, False])
         else:
-            texts.append((record["prompt"], [record["completion"]]))
-            labels.append([record["label"]])
-    examples = common.Examples()
-    for number, tokenized in enumerate(common.tokenize(texts, tokenizer, config)):
-        for completion_ids, desirable in zip(tokenized.completions_ids, labels[number]):
-            # The two examples of a pair hold the same prompt_ids, and have the same record number:
-            # the reference pass computes them together. In training they are independent.
-            example = common.Example(tokenized.prompt_ids, [completion_ids])
-            examples.append(
-                example,
-                record_number=number,
-                was_cut=tokenized.was_cut,
-                desirable=desirable,
-            )
+            examples.add_record(number, [("completion",)], labels=[label])
     return examples
 
 
@@ -213,8 +207,8 @@ def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
     if not desirable_indices or not undesirable_indices:
         only_label = len(desirable_indices) > 0
         raise common.UserError(
-            f"--data {config.data}: every label is {only_label}; this loss learns from desirable "
-            "and undesirable completions: add records of the other kind, or use sft.py"
+            f"--data {common.data_name(config)}: every label is {only_label}; this loss needs "
+            "desirable and undesirable completions: add records of the other kind, or use sft.py"
         )
     larger = desirable_indices
     smaller = undesirable_indices
@@ -385,11 +379,12 @@ def evaluate(
 def train(config: Config) -> None:
     """Train --model on --data into --out."""
     run = common.start_run(config)
-    records, test_records = common.load_records(config.data, FORMATS)
-    train_set = make_examples(records, run.tokenizer, config)
-    test_set = make_examples(test_records, run.tokenizer, config)
+    records, test_records = common.load_records(run, FORMATS)
+    train_set = make_examples(records, config)
+    test_set = make_examples(test_records, config)
+    run.check_examples(train_set, test_set)
     schedule = make_schedule(train_set, config)  # the example indices of every step
-    run.check_data(len(records), train_set, test_set, schedule)
+    run.check_run(train_set, test_set, schedule)
     if run.is_finished():
         return
 

@@ -8,8 +8,10 @@ has the same weight. Prompt tokens are not trained on.
 
 SFT usually makes the model that DPO, KTO and PPO start from, their pi_ref.
 
-Choices where the report is silent:
- 1. The report prints no equation for this loss. It is the mean over tokens, as above.
+Choices where the report (Ethayarajh et al., Human-Centered Loss Functions, December 2023, in
+github.com/ContextualAI/HALOs with the authors' code) is silent:
+ 1. The report prints no equation for this loss. It is the mean over tokens, as above. (The authors'
+    code sums over the tokens of a completion, and takes the mean over completions.)
  2. The report trains on "a subset of the generations used to subsequently align the model" (section
     3.4). Here these are the chosen completions of pairs (or their `target`, where a record has
     one), the desirable ones of labelled records, and all records with a prompt and a completion
@@ -39,7 +41,7 @@ class Config:
     """
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
-    data: str = "archangel"  # archangel (HH, SHP, OASST), toy, a .jsonl or a folder of train, test
+    data: str | list[str] = "archangel"  # archangel, toy, files, a folder or a hub id; see below
     out: str = "runs/sft"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
@@ -50,7 +52,7 @@ class Config:
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled down to this norm (HALOs)
     max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
-    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens (HALOs)
+    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens
     truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
     seed: int = 1  # determines the order of the data (HALOs)
     eval_every: int = 0  # steps between evaluations; 0: only before and after training
@@ -85,41 +87,33 @@ def sft_loss(policy_token_logps: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------- records to examples
 
 
-def make_examples(records: list[dict], tokenizer, config: Config) -> common.Examples:
+def make_examples(records: common.TokenizedRecords, config: Config) -> common.Examples:
     """Records to examples: a prompt and the completion to learn. Undesirable ones are left out.
 
     The pairs of one prompt often name the same target. It becomes one example. (Chosen completions
     that are equal are not merged.)
     """
-    texts = []
-    targets = set()  # (prompt, target) that are among the texts already
-    for record in records:
-        if not record.get("label", True):
-            continue
-        if "target" in record:
-            target = (record["prompt"], record["target"])
+    examples = common.Examples(records, config)
+    targets = set()  # (prompt, target) that are among the examples already
+    for number, label in enumerate(records.label):
+        if records.has(number, "target"):
+            target = (records.prompt_key(number), records.read(number, "target").tobytes())
             if target in targets:
-                continue
-            targets.add(target)
-            completion = record["target"]
-        elif "chosen" in record:
-            completion = record["chosen"]
+                examples.leave_out(number, "the same target of the same prompt again")
+            else:
+                targets.add(target)
+                examples.add_record(number, [("target",)])
+        elif records.has(number, "chosen"):
+            examples.add_record(number, [("chosen",)])
+        elif label is False:
+            examples.leave_out(number, "undesirable")
         else:
-            completion = record["completion"]
-        texts.append((record["prompt"], [completion]))
-    examples = common.Examples()
-    for tokenized in common.tokenize(texts, tokenizer, config):
-        example = common.Example(tokenized.prompt_ids, tokenized.completions_ids)
-        examples.append(example, was_cut=tokenized.was_cut)
+            examples.add_record(number, [("completion",)])
     return examples
 
 
 def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
     """The indices of the examples of every step. An epoch is one pass over all of them."""
-    if not examples:
-        raise common.UserError(
-            f"--data {config.data}: every label is False; this loss needs True ones"
-        )
     steps_per_epoch = math.ceil(len(examples) / config.batch_size)
     num_steps = config.max_steps or config.epochs * steps_per_epoch
     num_epochs = math.ceil(num_steps / steps_per_epoch)
@@ -166,11 +160,12 @@ def evaluate(
 def train(config: Config) -> None:
     """Train --model on --data into --out."""
     run = common.start_run(config)
-    records, test_records = common.load_records(config.data, FORMATS)
-    train_set = make_examples(records, run.tokenizer, config)
-    test_set = make_examples(test_records, run.tokenizer, config)
+    records, test_records = common.load_records(run, FORMATS)
+    train_set = make_examples(records, config)
+    test_set = make_examples(test_records, config)
+    run.check_examples(train_set, test_set)
     schedule = make_schedule(train_set, config)  # the example indices of every step
-    run.check_data(len(records), train_set, test_set, schedule)
+    run.check_run(train_set, test_set, schedule)
     if run.is_finished():
         return
 

@@ -11,9 +11,11 @@ text that it should write.
 There is no reference model, and in the report no SFT before: the language-modeling term takes the
 place of both.
 
-Deviations from the report:
+Deviations from the report (Ethayarajh et al., Human-Centered Loss Functions, December 2023, in
+github.com/ContextualAI/HALOs):
  1. The second term of the report is over samples of pi_ref, for which it takes the SFT data. Here
-    y_target is the record's `target` where it has one, else the chosen completion.
+    y_target is the record's `target` where it has one, else the chosen completion, as in the
+    authors' code.
  2. The report prints a "preference model" for SLiC, a min(0, ...), that is never above 0. So it is
     no probability but a utility. See slic_value, which has it in the form of section 4.
 
@@ -41,7 +43,7 @@ class Config:
     """
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
-    data: str = "archangel"  # archangel (HH, SHP, OASST), toy, a .jsonl or a folder of train, test
+    data: str | list[str] = "archangel"  # archangel, toy, files, a folder or a hub id; see below
     out: str = "runs/slic"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
@@ -52,7 +54,7 @@ class Config:
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled down to this norm (HALOs)
     max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
-    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens (HALOs)
+    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens
     truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
     seed: int = 1  # determines the order of the data (HALOs)
     eval_every: int = 0  # steps between evaluations; 0: only before and after training
@@ -115,21 +117,17 @@ def slic_value(
 # --------------------------------------------------------------------------- records to examples
 
 
-def make_examples(records: list[dict], tokenizer, config: Config) -> common.Examples:
+def make_examples(records: common.TokenizedRecords, config: Config) -> common.Examples:
     """Records to examples: a prompt with its chosen and rejected completions.
 
     A target that is not the chosen completion is the third one.
     """
-    texts = []
-    for record in records:
-        completions = [record["chosen"], record["rejected"]]
-        if "target" in record and record["target"] != record["chosen"]:
-            completions.append(record["target"])
-        texts.append((record["prompt"], completions))
-    examples = common.Examples()
-    for tokenized in common.tokenize(texts, tokenizer, config):
-        example = common.Example(tokenized.prompt_ids, tokenized.completions_ids)
-        examples.append(example, was_cut=tokenized.was_cut)
+    examples = common.Examples(records, config)
+    for number in range(len(records)):
+        completions = ("chosen", "rejected")
+        if records.has(number, "target") and not records.are_equal(number, "target", "chosen"):
+            completions = ("chosen", "rejected", "target")
+        examples.add_record(number, [completions])
     return examples
 
 
@@ -224,11 +222,12 @@ def evaluate(
 def train(config: Config) -> None:
     """Train --model on --data into --out."""
     run = common.start_run(config)
-    records, test_records = common.load_records(config.data, FORMATS)
-    train_set = make_examples(records, run.tokenizer, config)
-    test_set = make_examples(test_records, run.tokenizer, config)
+    records, test_records = common.load_records(run, FORMATS)
+    train_set = make_examples(records, config)
+    test_set = make_examples(test_records, config)
+    run.check_examples(train_set, test_set)
     schedule = make_schedule(train_set, config)  # the example indices of every step
-    run.check_data(len(records), train_set, test_set, schedule)
+    run.check_run(train_set, test_set, schedule)
     if run.is_finished():
         return
 

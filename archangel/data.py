@@ -1,48 +1,43 @@
-"""The report's data, and any other preference data, as the records that a trainer reads.
+"""The report's data, and a look at what a trainer makes of any data.
 
 The report (section 3.4) aligns every model on one mixture of three sets: Anthropic HH,
 OpenAssistant, and "the subset of SHP recommended in the original release". Its SFT targets are "a
-subset of the generations used to subsequently align the model". This file makes those records, and
-the records of any other set in a common format. A record is one JSON object in one of three forms:
-
-    preference   {"prompt", "chosen", "rejected"}, and "target" if SFT imitates another reply
-    unpaired     {"prompt", "completion", "label"}: true is desirable
-    supervised   {"prompt", "completion"}
+subset of the generations used to subsequently align the model". This file makes preference records
+of them: {"prompt", "chosen", "rejected"}, and "target" if SFT imitates another reply.
 
 Conversations are written as HH writes them: a turn opens with "\\n\\nHuman:" or
 "\\n\\nAssistant:", a prompt ends in "\\n\\nAssistant:", and a completion begins with a space.
 
-    python -m archangel.data hh --input harmless-base.jsonl.gz --out rows/hh
-    python -m archangel.data oasst --input oasst_trees.jsonl.gz --out rows/oasst
-    python -m archangel.data shp --out rows/shp              # without --input: from the hub
+    python -m archangel.data hh --input harmless-base.jsonl.gz --out records/hh
+    python -m archangel.data oasst --input oasst_trees.jsonl.gz --out records/oasst
+    python -m archangel.data shp --out records/shp           # without --input: from the hub
     python -m archangel.data archangel                       # the mixture, for `--data archangel`
-    python -m archangel.data rows --input pairs.parquet --out rows/pairs
+    python -m archangel.data show --data pairs.parquet --model toy
 
-Each writes `train.jsonl`, `test.jsonl` (no prompt is in both) and `counts.json`: what was read,
-what was kept, what was dropped and why.
+The first four write `train.jsonl`, `test.jsonl` (no prompt is in both) and `counts.json`: what was
+read, what was kept, what was dropped and why. Other data needs no conversion: the trainers' --data
+reads it, and archangel/records.py says in which formats. `show` prints what would be trained on.
 """
 
 import argparse
-import csv
 import dataclasses
-import functools
-import gzip
 import itertools
 import json
 import os
 import random
 import shutil
-import tempfile
-import zlib
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from archangel.errors import UserError, exit_status
+from archangel.records import FORMATS, Source, cache_folder, find_sources, iter_values
+from archangel.run import find_model, load_tokenizer
+from archangel.tokens import COMPLETIONS, LeftOut, in_records, load_tokens, split_dialogues
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -120,7 +115,15 @@ def hh(raw_records: Iterable[dict], counts: Counts, seed: int = 1) -> Iterator[R
 
     def convert(raw_record: dict) -> Record:
         dialogues = {name: field(raw_record, name) for name in ("chosen", "rejected")}
-        return any_record(dialogues)
+        if not all(ASSISTANT in dialogue for dialogue in dialogues.values()):
+            raise Dropped(NOT_SHARED)
+        try:
+            prompt, replies = split_dialogues(dialogues)
+        except LeftOut:
+            raise Dropped(NOT_SHARED) from None
+        return preference(
+            prompt, completion_text(replies["chosen"]), completion_text(replies["rejected"])
+        )
 
     return convert_each(raw_records, convert, counts)
 
@@ -273,85 +276,7 @@ REPORT_SETS = {
 }
 
 
-# ------------------------------------------------------------ any other set: raw records to records
-
-
-def any_set(
-    raw_records: Iterable[dict], counts: Counts, seed: int = 1, tokenizer=None
-) -> Iterator[Record]:
-    """Preference, unpaired or supervised data, as text or messages."""
-    return convert_each(raw_records, lambda record: any_record(record, tokenizer), counts)
-
-
-def any_record(raw_record: dict, tokenizer=None) -> Record:
-    """The record of a raw record in one of the common formats."""
-    if {"chosen", "rejected"} <= raw_record.keys():
-        given = raw_record.get("prompt")
-        prompt, chosen = split_dialogue(given, raw_record["chosen"], tokenizer)
-        other_prompt, rejected = split_dialogue(given, raw_record["rejected"], tokenizer)
-        if prompt != other_prompt:
-            raise Dropped(NOT_SHARED)
-        return preference(prompt, chosen, rejected)
-    if {"prompt", "completion"} <= raw_record.keys():
-        prompt, completion = split_dialogue(
-            raw_record["prompt"], raw_record["completion"], tokenizer
-        )
-    elif "messages" in raw_record:
-        prompt, completion = split_dialogue(None, raw_record["messages"], tokenizer)
-    else:
-        raise Dropped(f"unknown columns {', '.join(map(str, raw_record))}")
-    if not completion.strip():
-        raise Dropped("empty reply")
-    record = {"prompt": prompt, "completion": completion}
-    if "label" in raw_record:
-        label = str(raw_record["label"]).lower()  # CSV has text, and some sets have 0 and 1
-        if label not in ("true", "1", "false", "0"):
-            raise Dropped("label neither true nor false")
-        record["label"] = label in ("true", "1")
-    return record
-
-
-def split_dialogue(prompt, reply, tokenizer=None) -> tuple[str, str]:
-    """(prompt, completion) as text, from text or from lists of {"role", "content"} messages.
-
-    Args:
-        prompt: text, which stays as it is if the reply is text too; messages; or None.
-        reply: the reply. It is the whole dialogue if `prompt` is None, or if it is messages that
-            begin with another turn than the assistant's.
-        tokenizer: its chat template formats messages. If None, they are formatted as HH's turns.
-    """
-    if isinstance(reply, str) and isinstance(prompt, str):
-        return prompt, reply
-    if isinstance(reply, str) and prompt is None:
-        opening, separator, last_reply = reply.rpartition(ASSISTANT)
-        if not separator:
-            raise Dropped(NOT_SHARED)
-        return opening + ASSISTANT, completion_text(last_reply)
-    prompt_messages = as_messages(prompt or [], "user")
-    messages = as_messages(reply, "assistant")
-    if messages and messages[0]["role"] == "assistant":
-        messages = prompt_messages + messages
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise Dropped("not messages that end in the assistant's answer")
-    answer = messages[-1]["content"]
-    if not answer.strip():
-        raise Dropped("empty reply")
-    if tokenizer is not None:
-        return apply_template(messages, tokenizer)
-    opening = "".join(turn(message["role"], message["content"]) for message in messages[:-1])
-    return opening + ASSISTANT, completion_text(answer)
-
-
-def as_messages(value, role: str) -> list[dict[str, str]]:
-    """A list of messages with only role and content. Text becomes one message of `role`."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise Dropped("neither text nor a list of messages")
-    messages = []
-    for message in value:
-        messages.append({"role": field(message, "role"), "content": field(message, "content")})
-    return messages
+# --------------------------------------------------------------------------------- HH's format
 
 
 def completion_text(text: str) -> str:
@@ -370,34 +295,7 @@ def turn(role: str, text: str) -> str:
     return name + completion_text(text)
 
 
-def apply_template(messages: list[dict], tokenizer) -> tuple[str, str]:
-    """(prompt, completion) by the tokenizer's chat template, without the end-of-sequence token.
-
-    The trainers add that token to every completion themselves.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        prompt = tokenizer.apply_chat_template(
-            messages[:-1], tokenize=False, add_generation_prompt=True
-        )
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:
-        raise Dropped(f"the chat template refuses: {error}") from None
-    if not whole.startswith(prompt):
-        raise Dropped("the chat template changes the prompt when an answer follows")
-    completion = whole[len(prompt) :].rstrip()
-    return prompt, completion.removesuffix(tokenizer.eos_token or "")
-
-
 # ------------------------------------------------------------------------------------------ reading
-
-FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
-
-
-def file_kind(path: str) -> str:
-    """The suffix of a file's name, without a last `.gz`."""
-    return Path(path.removesuffix(".gz")).suffix
 
 
 def read_files(paths: list[str]) -> dict[str, Iterable[dict]]:
@@ -405,84 +303,20 @@ def read_files(paths: list[str]) -> dict[str, Iterable[dict]]:
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"{path}: no file of that name")
-        if file_kind(path) not in FILE_KINDS:
-            raise UserError(f"{path}: not one of {', '.join(FILE_KINDS)} (text also as .gz)")
-    return {"train": itertools.chain.from_iterable(map(read_file, paths))}
+    return {"train": iter_dicts(Source(", ".join(paths), [Path(path) for path in paths]))}
 
 
-def read_file(path: str) -> Iterator[dict]:
-    """The raw records of a file. Raises UserError that says where, if it cannot be read."""
-    read = read_parquet if file_kind(path) == ".parquet" else read_text
-    number = 1
-    try:
-        for raw_record in read(path):
-            if not isinstance(raw_record, dict):
-                raise ValueError("not a JSON object")  # noqa: TRY004, as json's own errors
-            yield raw_record
-            number += 1
-    except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:
-        raise UserError(f"{path}: row {number} cannot be read ({first_line(error)})") from None
+def read_hub(name: str) -> dict[str, Iterable[dict]]:
+    """The raw records of a set on the hub: its splits "train" and, if there is one, "test"."""
+    return {split: iter_dicts(source) for split, source in find_sources(name).items()}
 
 
-def read_text(path: str) -> Iterator[dict]:
-    """Raw records of CSV with a header, of JSON lines, or of one JSON array.
-
-    It uses the standard library. The readers of the datasets library guess types: a reply "None"
-    becomes no reply, "007" becomes 7.0 and "2020-01-01" a date.
-    """
-    open_file = gzip.open if path.endswith(".gz") else open
-    with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
-        if file_kind(path) == ".csv":
-            csv.field_size_limit(2**31 - 1)  # the default refuses a cell over 128 KiB
-            yield from csv.DictReader(file)
-        elif file.read(1) == "[":
-            file.seek(0)
-            yield from json.load(file)
-        else:
-            file.seek(0)
-            for line in file:
-                if line.strip():
-                    yield json.loads(line)
-
-
-def read_parquet(path: str) -> Iterator[dict]:
-    """Raw records of a parquet file. The library's copy of them goes to a temporary folder."""
-    import datasets
-
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            loaded = datasets.Dataset.from_parquet(path, cache_dir=cache)
-        except datasets.exceptions.DatasetsError as error:
-            raise ValueError(first_line(error.__cause__ or error)) from None
-        yield from loaded
-
-
-def read_hub(name: str, split: str | None = None) -> dict[str, Iterable[dict]]:
-    """The raw records of a set on the hub: one split as "train", or its own "train" and "test"."""
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"cannot load {name} from the hub ({first_line(error)}): "
-            "give a local file, or run this where the hub can be reached"
-        ) from None
-    if split:
-        return {"train": loaded}
-    if "train" not in loaded:
-        raise UserError(f"{name}: name a split by --split, one of {', '.join(loaded)}")
-    splits = {"train": loaded["train"]}
-    for test_split in ("test", "validation"):  # OpenAssistant has the latter
-        if test_split in loaded:
-            splits["test"] = loaded[test_split]
-            break
-    return splits
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def iter_dicts(source: Source) -> Iterator[dict]:
+    """The raw records of a source. Raises UserError for anything else."""
+    for where, value in iter_values(source):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: is not a JSON object")
+        yield value
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -578,39 +412,25 @@ def report_sources(files: dict[str, list[str] | None]) -> dict[str, tuple]:
     return sources
 
 
-def cache_folder() -> Path:
-    """Where the prepared mixture is kept: `archangel` in $HALOS_CACHE, or in ~/.cache/halos."""
-    return Path(os.environ.get("HALOS_CACHE") or Path.home() / ".cache" / "halos") / "archangel"
-
-
-def prepare() -> Path:
-    """The folder of the report's mixture. If it does not exist, it is made from the hub.
+def prepare_mixture(data: str | list[str]) -> None:
+    """If `data` is "archangel", make the report's mixture from the hub, unless it is there already.
 
     Raises UserError if the hub cannot be reached.
     """
-    folder = cache_folder()
+    if data != "archangel":
+        return
+    folder = cache_folder() / "archangel"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # one of several processes prepares it, the others wait
-        if not (folder / "train.jsonl").is_file():
-            try:
-                make(folder, report_sources(dict.fromkeys(REPORT_SETS)))
-            except UserError as error:
-                raise UserError(
-                    f"--data archangel is not prepared: {error}; or train on --data toy, or "
-                    "prepare it by python -m archangel.data archangel --hh F --oasst F --shp F"
-                ) from None
-    return folder
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer that has a chat template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--tokenizer {name}: cannot be loaded ({first_line(error)})") from None
-    if not tokenizer.chat_template:
-        raise UserError(f"--tokenizer {name}: has no chat template")
-    return tokenizer
+        if (folder / "train.jsonl").is_file():
+            return
+        try:
+            make(folder, report_sources(dict.fromkeys(REPORT_SETS)))
+        except UserError as error:
+            raise UserError(
+                f"--data archangel is not prepared: {error}; or train on --data toy, or "
+                "prepare it by python -m archangel.data archangel --hh F --oasst F --shp F"
+            ) from None
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -642,19 +462,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             help="local file; repeatable; with any, the sets not given are left out (default: all "
             "from the hub)",
         )
-    add_common_arguments(command, default_out=cache_folder())
+    add_common_arguments(command, default_out=cache_folder() / "archangel")
 
-    command = add_command("rows", "any other set of preferences, labelled or supervised examples")
-    command.add_argument("--input", required=True, help="local file or hub id")
+    command = add_command("show", "what a trainer would be given: counts, and examples as tokens")
     command.add_argument(
-        "--split", help="the one split of the hub's to read (default: train and test)"
+        "--data", nargs="+", required=True, help="as the trainers take it; see archangel/records.py"
     )
-    command.add_argument(
-        "--tokenizer",
-        metavar="NAME_OR_FOLDER",
-        help="its chat template writes messages, text stays as it is (default: Human, Assistant)",
-    )
-    add_common_arguments(command)
+    command.add_argument("--model", required=True, help="whose tokenizer; as the trainers take it")
+    command.add_argument("--n", type=int, default=5, help="records to show (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -682,13 +497,20 @@ def add_common_arguments(command: argparse.ArgumentParser, default_out: Path | N
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one of the commands. Raises UserError for anything wrong with what was given."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["rows"]:
+        raise UserError(
+            "rows: no conversion is needed any more; give the file, folder or hub id to a "
+            "trainer's --data"
+        )
     args = parse(arguments)
+    if args.command == "show":
+        show(args.data, args.model, args.n)
+        return
     check_out(args.out)
     if not 0 < args.test_fraction < 1:
         raise UserError(f"--test_fraction {args.test_fraction}: must lie between 0 and 1")
-    if args.command == "rows":
-        sources = {args.input: other_source(args)}
-    elif args.command == "archangel":
+    if args.command == "archangel":
         files = {name: getattr(args, name) for name in REPORT_SETS}
         if any(files.values()):  # the sets not given are left out
             files = {name: paths for name, paths in files.items() if paths}
@@ -698,16 +520,29 @@ def main(arguments: list[str] | None = None) -> None:
     make(args.out, sources, args.test_fraction, args.seed)
 
 
-def other_source(args: argparse.Namespace) -> tuple:
-    """The source for `make` of the command `rows`."""
-    is_file = Path(args.input).exists() or file_kind(args.input) in FILE_KINDS
-    if is_file and args.split:
-        raise UserError(f"--split {args.split}: the local {args.input} has no splits")
-    tokenizer = None
-    if args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer)
-    splits = read_files([args.input]) if is_file else read_hub(args.input, args.split)
-    return splits, functools.partial(any_set, tokenizer=tokenizer), "rows"
+def show(data: list[str], model: str, num_shown: int) -> None:
+    """Print what a trainer would be given: counts, and the first records as tokens."""
+    tokenizer = load_tokenizer(find_model(model))
+    for split, records in zip(("train", "test"), load_tokens(data, tuple(FORMATS), tokenizer)):
+        if records.counts["read"] == 0:
+            continue
+        counts = records.counts
+        print(f"{split}: {counts['source']}: {in_records(counts['read'])}, {counts['used']:,} used")
+        for name, found in counts["formats"].items():
+            print(f"    {name}: {in_records(found['records'])}, the first is {found['first']}")
+        for line in records.describe():
+            print(f"    {line}")
+        for number in range(min(num_shown, len(records)) if split == "train" else 0):
+            print(f"\n{records.place(number)}")
+            for name in ("prompt", *COMPLETIONS):
+                if not records.has(number, name):
+                    continue
+                ids = records.read(number, name).tolist()
+                pieces = "│".join(tokenizer.decode([token_id]) for token_id in ids)
+                print(f"{name}, {len(ids)} tokens: {json.dumps(pieces, ensure_ascii=False)}")
+            if records.label[number] is not None:
+                print(f"label: {records.label[number]}")
+        print()
 
 
 if __name__ == "__main__":

@@ -1,33 +1,68 @@
-"""Data files to records, and records to token ids. A reader of a training step may skip this file.
+"""Data files to records. A reader of a training step may skip this file.
 
-A record is one line of a data file. It has the columns of one of these formats:
+--data takes what preference data is usually kept in:
 
-    preference    prompt, chosen, rejected      and optionally target, which SFT and SLiC imitate
-    unpaired      prompt, completion, label     label is true (desirable) or false; also 1 or 0,
-                                                or "desirable", "good", "yes" and their opposites
-    supervised    prompt, completion
+    toy, archangel              the data sets that come with this project
+    pairs.jsonl                 JSON Lines, a JSON array (.json), CSV, parquet or Arrow; text files
+                                also as .gz. Several files, or a glob such as 'part-*.jsonl', are
+                                read as one; all of their records are for training
+    folder                      of such files, with `train` and `test` (or `validation`) in their
+                                names; or of Dataset.save_to_disk
+    NAME, NAME:CONFIG,
+    NAME:CONFIG:SPLIT           a data set of the Hugging Face hub. A split train_x is evaluated on
+                                test_x; other splits on test or validation, if there is one
+
+A record has the columns of one of these formats. Where several fit, the first one counts.
+
+    preference    {"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}
+                  and optionally "target", a completion that SFT and SLiC imitate
+    unpaired      {"prompt": "2+2?", "completion": " 4", "label": true}
+                  true is desirable; also 1 and 0, "good" and "bad", "desirable" and "undesirable"
+    supervised    {"prompt": "2+2?", "completion": " 4"}
+    conversation  {"messages": [{"role": "user", "content": "2+2?"},
+                                {"role": "assistant", "content": "4"}]}
+                  the last message is the completion, which is supervised, or unpaired if there is a
+                  label. The assistant's earlier messages are not learned
+
+Instead of text, prompts and completions may be lists of messages:
+
+    {"prompt": [{"role": "user", "content": "2+2?"}], "chosen": [{"role": "assistant", ...}], ...}
+
+The prompt may be left out where chosen and rejected are whole conversations that differ in their
+last message, as lists of messages or as the text of Anthropic's HH, with "\\n\\nAssistant:" turns.
+The chat template gets `tools` and `chat_template_kwargs`, if a record has these columns.
+
+Text is learned as it is; the text of a special token, such as "</s>", becomes that token. Messages
+are written by the tokenizer's chat template; one with the text of a special token is left out. All
+that is left out is counted. `python -m archangel.data show` prints the tokens.
 """
 
+import codecs
+import csv
+import glob
 import gzip
+import hashlib
+import io
 import json
 import os
 import re
-import sys
+import tempfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-import numpy as np
+import datasets
 from tqdm import tqdm
 
 from archangel.errors import UserError
 
 TOY = Path(__file__).parent / "toy_world"  # a small model and data set, for trying things offline
-COLUMNS = {
-    "preference": ("prompt", "chosen", "rejected"),
-    "unpaired": ("prompt", "completion", "label"),
-    "supervised": ("prompt", "completion"),
+FORMATS = {  # what an error message says of the columns of each
+    "preference": "{prompt, chosen, rejected}",
+    "unpaired": "{prompt, completion, label}",
+    "supervised": "{prompt, completion} or {messages}",
 }
 # How data sets spell labels. 1 also stands for true and 1.0, which are equal to it in Python.
 LABELS = {1: True, 0: False}
@@ -35,120 +70,446 @@ LABELS |= dict.fromkeys(["true", "1", "1.0", "yes", "good", "chosen", "desirable
 LABELS |= dict.fromkeys(["false", "0", "0.0", "no", "bad", "rejected", "undesirable"], False)
 # Columns that change what a record means and that no loss reads, and what to do instead.
 REFUSED_COLUMNS = {
-    "system": "put its text at the beginning of the prompt",
-    "tools": "put them into the prompt, as the model expects them there",
+    "system": "put its text at the beginning of the prompt, or into a first message",
     "images": "only text can be learned from",
     "image": "only text can be learned from",
     "videos": "only text can be learned from",
     "audio": "only text can be learned from",
 }
+TEMPLATE_COLUMNS = {"tools": list, "chat_template_kwargs": dict}  # read beside messages
+HH_TURN = "\n\nAssistant:"  # begins the assistant's turns in the text of Anthropic's HH
 MAX_LINE_BYTES = 2**26  # a small compressed file may hold a line that would fill the memory
-MAX_TEST_RECORDS = 512  # held-out records that are evaluated
+
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a UserError says it in one line
+datasets.disable_progress_bars()
+
+Record = dict  # with the columns of a format; prompt and completions are text or lists of messages
 
 
-def load_records(data: str, formats: Sequence[str]) -> tuple[list[dict], list[dict]]:
-    """The training records, and at most MAX_TEST_RECORDS held-out records.
+# ----------------------------------------------------------------------------- --data to sources
 
-    The held-out records are drawn at random, with a fixed seed: in a sorted file the first ones,
-    or a whole batch, may belong to one class.
+
+@dataclass
+class Source:
+    """Where the records of a split are: in files, or in a data set of the `datasets` library."""
+
+    name: str
+    files: list[Path]
+    dataset: datasets.Dataset | None = None  # then `files` are those that it is mapped from
+
+    def sha256(self) -> str:
+        """A fingerprint of what the files hold. (Their times may be unchanged by an edit.)"""
+        digest = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        if self.dataset is not None:
+            digest.update(repr(self.dataset.features).encode())  # names of labels
+            # Its rows may be in no file, or be some of those in the files.
+            digest.update(self.dataset._fingerprint.encode())
+        return digest.hexdigest()
+
+
+def find_sources(data: str | Sequence[str], needs_train: bool = True) -> dict[str, Source]:
+    """The sources of the splits "train" and "test", as far as they exist. Raises UserError.
 
     Args:
-        data: `toy`, `archangel`, a folder with train.jsonl and test.jsonl (or .jsonl.gz), or one
-            such file, all of which is for training.
-        formats: the formats that the loss can learn from, the preferred one first.
+        data: --data, a name or several; see the top of this file.
+        needs_train: whether it is an error if there is no training split.
     """
-    train_records = read_split(data, "train", formats)
-    test_records = read_split(data, "test", formats)
-    order = np.random.default_rng((0, 0)).permutation(len(test_records))
-    return train_records, [test_records[index] for index in order[:MAX_TEST_RECORDS]]
+    names = [data] if isinstance(data, str) else list(data)
+    if names == ["archangel"]:
+        names = [str(cache_folder() / "archangel")]  # archangel/data.py makes it
+    elif names == ["toy"]:
+        names = [str(TOY / "data")]
+    files = find_files(names)
+    if files:
+        return {"train": Source(", ".join(names), files)}
+    (name,) = names
+    if Path(name).is_dir():
+        path, config, split = name, "", ""
+    else:
+        path, config, split = (*name.split(":"), "", "")[:3]
+    splits = find_splits(name, path, config)
+    train = split or "train"
+    sources = {}
+    if train in splits:
+        sources["train"] = splits[train]
+    for test in (train.replace("train", "test"), "test", "validation"):
+        if test in splits and test != train:
+            sources["test"] = splits[test]
+            break
+    if "train" not in sources and (needs_train or not sources):
+        raise UserError(
+            f"--data {name}: has the splits {', '.join(splits)}; choose the one to train on: "
+            f"{path}:{config}:{next(iter(splits))}"
+        )
+    return sources
 
 
-def read_split(data: str, split: str, formats: Sequence[str]) -> list[dict]:
-    """The records of a split, each with the columns of the first of `formats` that it has.
+def find_files(names: list[str]) -> list[Path]:
+    """The files of these names, and of those that are globs. [] for a single other name."""
+    files = []
+    for name in names:
+        path = Path(name)
+        if path.is_file():
+            files.append(path)
+        elif glob.has_magic(name) and not path.is_dir():
+            found = [Path(file) for file in sorted(glob.glob(name)) if Path(file).is_file()]
+            if not found:
+                raise UserError(f"--data {name}: no file has such a name")
+            files.extend(found)
+        elif len(names) > 1:
+            raise UserError(f"--data {name}: is not a file; several are read only if all are files")
+        elif file_kind(path) and not path.is_dir():
+            raise UserError(f"--data {name}: no such file")
+    return files
 
-    A data set without a test split gives no test records. Raises UserError, with file and line, for
-    anything else that is missing or malformed.
-    """
-    path = find_file(data, split)
-    if path is None:
-        return []
-    records = []
-    where = f"--data {path}"
-    open_file = gzip.open if path.suffix == ".gz" else open
+
+def find_splits(name: str, path: str, config: str) -> dict[str, Source]:
+    """All splits of a folder or of a data set of the hub. Raises UserError."""
     try:
-        with open_file(path, "rb") as file:
+        if is_saved_to_disk(path):
+            loaded = datasets.load_from_disk(path)
+        elif Path(path).is_dir():
+            if glob.has_magic(path):  # the library would read other folders that match it, too
+                raise ValueError("its path has one of *?[")
+            with tempfile.TemporaryDirectory() as unused:  # where the library writes a lock
+                builder = datasets.load_dataset_builder(path, config or None, cache_dir=unused)
+            return make_folder_sources(path, builder.config.data_files)
+        else:
+            loaded = datasets.load_dataset(path, config or None)
+    except UserError:
+        raise
+    except Exception as error:  # the library, its formats and the hub fail in many ways
+        if Path(path).is_dir():
+            reason = "holds no data files that can be read"
+        else:
+            reason = "is no file or folder here, and the hub does not give it"
+        raise UserError(f"--data {name}: {reason} ({in_one_line(error)})") from None
+    if isinstance(loaded, datasets.Dataset):
+        loaded = {"train": loaded}
+    splits = {}
+    for split, dataset in loaded.items():
+        files = [Path(file["filename"]) for file in dataset.cache_files]
+        splits[str(split)] = Source(f"{name}, {split}", files, dataset)
+    return splits
+
+
+def make_folder_sources(name: str, found: dict[str, list[str]]) -> dict[str, Source]:
+    """The sources of the files that the `datasets` library found in a folder, by split."""
+    folder = Path(os.path.abspath(name))
+    splits = {}
+    all_found = set()
+    for split, file_names in found.items():
+        files = [Path(os.path.abspath(file_name)) for file_name in file_names]
+        all_found.update(files)
+        splits[str(split)] = Source(f"{name}, {split}", without_copies(files))
+    for file in all_found:
+        if not file.is_relative_to(folder):
+            raise UserError(f"--data {name}: its README.md names a file elsewhere, {file}")
+    # The library reads files of one kind, and says nothing of the others.
+    for file in sorted(folder.rglob("*")):
+        is_of_split = any(word in file.name for word in ("train", "test", "valid"))
+        if file_kind(file) and is_of_split and file not in all_found:
+            raise UserError(
+                f"--data {name}: {file.name} would not be read, since other files are of another "
+                "kind; keep one kind in a folder, or name the files"
+            )
+    return splits
+
+
+def without_copies(files: list[Path]) -> list[Path]:
+    """The files without those that are another one, compressed: train.jsonl and train.jsonl.gz."""
+    kept = []
+    for file in files:
+        if file.suffix != ".gz" or file.with_suffix("") not in files:
+            kept.append(file)
+    return kept
+
+
+def is_saved_to_disk(folder: str) -> bool:
+    """Whether a folder was written by save_to_disk of the `datasets` library."""
+    marks = ("state.json", "dataset_dict.json")
+    return any((Path(folder) / mark).is_file() for mark in marks)
+
+
+def in_one_line(error: BaseException) -> str:
+    """An exception's message in one line. The `datasets` library keeps the cause behind it."""
+    error = error.__cause__ or error
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# ---------------------------------------------------------------------------- sources to records
+
+# The standard library reads text files. The readers of `datasets` guess types: a completion
+# "2020-01-01 00:00:00" becomes a date, in CSV "007" becomes 7 and "None" becomes nothing; they do
+# not say in which line an error is.
+
+
+def file_kind(path: Path) -> str:
+    """The suffix of a file's name, without a last ".gz": one of KINDS, or "" for any other."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    return suffix if suffix in KINDS else ""
+
+
+def read_json(path: Path) -> Iterator[tuple[str, object]]:
+    """The values of JSON Lines, or of one JSON array."""
+    where = str(path)
+    is_first = True
+    try:
+        with open_file(path) as file:
             lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
             for number, line in enumerate(lines, 1):
                 where = f"{path}, line {number}"
+                if is_first and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                    text = (line + file.read()).decode("utf-8-sig")
+                    where = f"{path}, in the array that begins in line {number}"
+                    for place, value in enumerate(split_array(text), 1):
+                        yield f"{path}, record {place}", value
+                    return
                 if len(line) == MAX_LINE_BYTES:
                     raise ValueError(f"is longer than {MAX_LINE_BYTES} bytes")
                 text = line.decode("utf-8-sig").strip()
                 if text:
-                    record = json.loads(text, object_pairs_hook=_refuse_repeated_columns)
-                    records.append(_check_record(record, formats))
+                    is_first = False
+                    yield where, json.loads(text, object_pairs_hook=refuse_repeated_columns)
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        reason = str(error) or type(error).__name__
-        if path.exists() and not path.name.endswith((".jsonl", ".jsonl.gz")):
-            reason += "; python -m archangel.data rows makes JSONL of other files"
-        raise UserError(f"{where}: {reason}") from None
-    if not records and split == "train":
-        raise UserError(f"--data {path}: has no records")
-    return records
+        raise UserError(f"{where}: {in_one_line(error)}") from None
 
 
-def find_file(data: str, split: str) -> Path | None:
-    """The file of a split. None if it is the test split and the data set has none."""
-    if data == "archangel":
-        from archangel.data import prepare  # the report's mixture, prepared on first use
+def split_array(text: str) -> Iterator[object]:
+    """The elements of a JSON array, one at a time: all of them would need much more memory."""
+    decoder = json.JSONDecoder(object_pairs_hook=refuse_repeated_columns)
+    whitespace = re.compile(r"[ \t\n\r]*")
+    position = whitespace.match(text, text.index("[") + 1).end()
+    if text[position : position + 1] == "]":
+        end = position
+    else:
+        while True:
+            value, position = decoder.raw_decode(text, position)
+            yield value
+            end = whitespace.match(text, position).end()
+            if text[end : end + 1] != ",":
+                break
+            position = whitespace.match(text, end + 1).end()
+    if text[end : end + 1] != "]":
+        raise json.JSONDecodeError("Expecting ',' or ']' of the array", text, end)
+    if text[end + 1 :].strip():
+        raise json.JSONDecodeError("Expecting nothing after the array", text, end + 1)
 
-        data = prepare()
-    folder = TOY / "data" if data == "toy" else Path(data)
-    if not folder.is_dir():
-        return folder if split == "train" else None
-    path = folder / f"{split}.jsonl"
-    compressed = folder / f"{split}.jsonl.gz"
-    if compressed.exists() and not path.exists():
-        path = compressed
-    if split == "test" and not path.exists():
-        return None
-    return path
 
-
-def _refuse_repeated_columns(columns: list[tuple[str, object]]) -> dict:
+def refuse_repeated_columns(columns: list[tuple[str, object]]) -> dict:
+    """A JSON object. Raises ValueError if it has a name twice: readers differ in what they take."""
     record = dict(columns)
-    if len(record) < len(columns):  # JSON readers differ in which of the two they take
+    if len(record) < len(columns):
         raise ValueError("has a field twice")
     return record
 
 
-def _check_record(record: object, formats: Sequence[str]) -> dict:
-    """The record with the columns that are needed and no others. Raises ValueError."""
-    if not isinstance(record, dict):
+def read_csv(path: Path) -> Iterator[tuple[str, object]]:
+    """The rows of a CSV file with a header. Every cell is text, and stays as it is."""
+    where = str(path)
+    csv.field_size_limit(MAX_LINE_BYTES)  # the default refuses a cell over 128 KiB
+    try:
+        with open_file(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            reader = csv.reader(text, strict=True)
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise ValueError("the header has a name twice")
+            where = f"{path}, line {reader.line_num + 1}"
+            for row in reader:
+                if row and len(row) != len(header):
+                    raise ValueError(f"has {len(row)} cells, the header has {len(header)}")
+                if row:
+                    yield where, dict(zip(header, row))
+                where = f"{path}, line {reader.line_num + 1}"
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+        raise UserError(f"{where}: {in_one_line(error)}") from None
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file, compressed by gzip or not, to read its bytes."""
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def read_arrow(path: Path) -> Iterator[tuple[str, object]]:
+    """The rows of a parquet or Arrow file, read in parts: nothing is copied to another file."""
+    builder = file_kind(path).removeprefix(".")
+    pattern = glob.escape(str(path))  # which is what the library expects
+    try:
+        with tempfile.TemporaryDirectory() as unused:  # where the library writes a lock
+            dataset = datasets.load_dataset(
+                builder, data_files=pattern, split="train", streaming=True, cache_dir=unused
+            )
+    except Exception as error:  # the library's and Arrow's
+        raise UserError(f"{path}: {in_one_line(error)}") from None
+    yield from read_dataset(dataset, str(path))
+
+
+def read_dataset(dataset: Iterable, name: str) -> Iterator[tuple[str, object]]:
+    """The rows of a data set of the `datasets` library."""
+    labels = {}  # column -> names of its codes
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            labels[column] = feature.names
+    where = name
+    try:
+        for number, row in enumerate(dataset, 1):
+            where = f"{name}, record {number}"
+            for column, names in labels.items():
+                code = row[column]
+                if code is not None:
+                    row[column] = names[code] if code >= 0 else None  # -1 stands for no label
+            yield where, {key: without_nulls(item) for key, item in row.items()}
+            where = f"{name}, after record {number}"
+    except Exception as error:  # the library's and Arrow's
+        raise UserError(f"{where}: {in_one_line(error)}") from None
+
+
+def without_nulls(value: object) -> object:
+    """A value without the fields that are null. Arrow adds them where only other rows have one."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+# Kinds of files by the ends of their names, and what reads them.
+KINDS = {
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".parquet": read_arrow,
+    ".arrow": read_arrow,
+}
+
+
+# -------------------------------------------------------------------------- what a record must be
+
+
+def iter_records(source: Source) -> Iterator[tuple[str, Record, set[str]]]:
+    """Yield (where it stands, record, names of the columns that are not read) of a source.
+
+    Raises UserError, with the place, for what cannot be read or has no known format.
+    """
+    for where, value in iter_values(source):
+        try:
+            record = check_record(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: {in_one_line(error)}") from None
+        yield where, record, value.keys() - record.keys()
+
+
+def iter_values(source: Source) -> Iterator[tuple[str, object]]:
+    """Yield (where it stands, value) of everything in a source that should be a record."""
+    if source.dataset is not None:
+        yield from read_dataset(source.dataset, source.name)
+        return
+    for path in source.files:
+        yield from read_file(path)
+
+
+def read_file(path: Path) -> Iterator[tuple[str, object]]:
+    """The values in a file that should be records, and where they stand."""
+    read = KINDS.get(file_kind(path))
+    if read is None:
+        raise UserError(f"--data {path}: its name must end in one of {', '.join(KINDS)}")
+    return read(path)
+
+
+def check_record(value: object) -> Record:
+    """A record with the columns of its format and no others. Raises ValueError."""
+    if not isinstance(value, dict):
         raise ValueError("is not a JSON object")
-    for name in formats:
-        if record.keys() >= set(COLUMNS[name]):
-            columns = COLUMNS[name]
-            break
-    else:
-        needed = " or ".join("{" + ", ".join(COLUMNS[name]) + "}" for name in formats)
-        raise ValueError(f"has {sorted(record)}; this loss needs {needed}")
+    given = {column: item for column, item in value.items() if item is not None}
+    columns = find_columns(given)
+    if not columns:
+        raise ValueError(
+            f"has the columns {', '.join(sorted(given)) or 'none'}; needs "
+            + " or ".join(FORMATS.values())
+        )
+    if "label" in value and "label" not in columns and "chosen" not in columns:
+        raise ValueError("label is null")
     for column, advice in REFUSED_COLUMNS.items():
-        if record.get(column):
+        if given.get(column):
             raise ValueError(f"has a column {column}, which would be lost; {advice}")
-    checked = {}
-    for column in (*columns, "target"):
-        if column not in record:
-            continue
-        value = record[column]
+    record = {}
+    is_conversation = False
+    for column in columns:
         if column == "label":
-            value = parse_label(value)
-        elif not isinstance(value, str):
-            raise ValueError(f"{column} must be text, not {value!r:.40}")
-        elif column != "prompt" and not value.strip():
-            raise ValueError(f"{column} is empty")
-        checked[column] = value
-    json.dumps(checked, ensure_ascii=False).encode()  # an unpaired surrogate raises ValueError
-    return checked
+            record[column] = parse_label(given[column])
+        elif column == "messages" and isinstance(given[column], str):
+            raise ValueError(
+                "messages must be a list, not text; save the data as JSON Lines or parquet"
+            )
+        elif is_text_or_messages(given[column]):
+            record[column] = given[column]
+            is_conversation |= not isinstance(given[column], str)
+        else:
+            raise ValueError(
+                f"{column} must be text or a list of messages, not {given[column]!r:.40}"
+            )
+    for column, kind in TEMPLATE_COLUMNS.items():
+        if not given.get(column):
+            continue
+        item = given[column]
+        if isinstance(item, str):
+            try:
+                item = json.loads(item)
+            except ValueError as error:
+                raise ValueError(f"{column} is text, and not JSON: {error}") from None
+        if not isinstance(item, kind):
+            raise ValueError(f"{column} must be a {kind.__name__}, not {item!r:.40}")
+        if not is_conversation:
+            raise ValueError(
+                f"has a column {column}, which only conversations have; write messages, or put it "
+                "into the prompt's text"
+            )
+        record[column] = item
+    return record
+
+
+def find_columns(given: dict) -> list[str]:
+    """The columns to read of a record, for the first format that it has. [] if it has none."""
+
+    def is_whole_dialogue(column: str) -> bool:
+        item = given.get(column)
+        return isinstance(item, list) or (isinstance(item, str) and HH_TURN in item)
+
+    prompt = ["prompt"] if "prompt" in given else []
+    columns = []
+    if "chosen" in given and "rejected" in given:
+        if prompt or (is_whole_dialogue("chosen") and is_whole_dialogue("rejected")):
+            columns = [*prompt, "chosen", "rejected"]
+            if "target" in given:
+                columns.append("target")
+    elif "completion" in given and (prompt or isinstance(given["completion"], list)):
+        columns = [*prompt, "completion"]
+    elif "messages" in given:
+        columns = ["messages"]
+    if columns in (["prompt", "completion"], ["completion"], ["messages"]) and "label" in given:
+        columns.append("label")
+    return columns
+
+
+def is_text_or_messages(item: object) -> bool:
+    """Whether a value can be a prompt or a completion."""
+    if isinstance(item, str):
+        return True
+    if not isinstance(item, list) or not item:
+        return False
+    return all(is_message(message) for message in item)
+
+
+def is_message(item: object) -> bool:
+    """Whether a value can be a message. What it holds besides a role is the template's business."""
+    if not isinstance(item, dict):
+        return False
+    role = item.get("role")
+    return isinstance(role, str) and role != ""
 
 
 def parse_label(value: object) -> bool:
@@ -162,125 +523,28 @@ def parse_label(value: object) -> bool:
     return LABELS[value]
 
 
-@dataclass
-class TokenizedRecord:
-    """The token ids of a record's prompt and completions."""
-
-    prompt_ids: np.ndarray  # (P,) int32, at least one token
-    completions_ids: list[np.ndarray]  # (C,) int32 each; if not cut, ends in end-of-sequence
-    was_cut: bool  # some tokens were cut off, to keep within --max_length
-
-
-def tokenize(texts: Sequence[tuple[str, list[str]]], tokenizer, config) -> list[TokenizedRecord]:
-    """Prompts with their completions to token ids.
-
-    A prompt's ids are what the tokenizer gives for it, with what it puts before every text, such as
-    a beginning-of-sequence token. A completion's ids are the rest of what it gives for prompt and
-    completion together, so that they decode to the text. The text of a special token, such as
-    "</s>", is that special token. The end-of-sequence token ends every completion that is not cut.
-    A record that is too long loses tokens of the prompt first, down to --max_prompt_length, then of
-    the completions.
-    """
-    prefix_ids = find_prefix(tokenizer)
-    eos_ids = [tokenizer.eos_token_id]
-    special_text = special_token_pattern(tokenizer)
-    num_with_special_text = 0
-    tokenized = []
-    chunk_size = 1000  # a fast tokenizer encodes many texts at once, in parallel
-    for start in progress(range(0, len(texts), chunk_size), "tokenize"):
-        chunk = texts[start : start + chunk_size]
-        wholes = []  # of all records of the chunk: the prompt, then the prompt with each completion
-        for prompt, completions in chunk:
-            wholes.append(prompt)
-            for completion in completions:
-                wholes.append(prompt + completion)
-            if special_text.search(" ".join([prompt, *completions])):
-                num_with_special_text += 1
-        encoded = iter(encode(tokenizer, wholes))
-        for _, completions in chunk:
-            prompt_ids = next(encoded)
-            completions_ids = []
-            for completion in completions:
-                ids = split_completion(tokenizer, prompt_ids, next(encoded), completion)
-                if ids[-1:] != eos_ids:
-                    ids = ids + eos_ids
-                completions_ids.append(ids)
-            if prefix_ids and prompt_ids[: len(prefix_ids)] == prefix_ids:
-                prompt_ids = prompt_ids[len(prefix_ids) :]  # the text itself begins with it
-            tokenized.append(
-                cut_to_length(prompt_ids, completions_ids, prefix_ids, eos_ids, config)
-            )
-    if num_with_special_text > 0 and os.environ.get("RANK", "0") == "0":
-        tqdm.write(
-            f"{num_with_special_text:,} of {len(texts):,} records hold the text of a special "
-            "token, which becomes that token",
-            file=sys.stderr,
-        )
-    return tokenized
+def format_of(record: Record) -> str:
+    """Which of the FORMATS a record has."""
+    if "chosen" in record:
+        return "preference"
+    if "label" in record:
+        return "unpaired"
+    return "supervised"
 
 
-def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """The token ids of texts, without what the tokenizer puts before and after them."""
-    if not texts:
+def read_records(data: str | Sequence[str], split: str) -> list[Record]:
+    """All records of a split, in memory. [] if there is no such split. Raises UserError."""
+    source = find_sources(data).get(split)
+    if source is None:
         return []
-    # verbose: it would warn of texts that are longer than the model; these are cut later.
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def find_prefix(tokenizer) -> list[int]:
-    """The token ids that the tokenizer puts before every text."""
-    ids = tokenizer("x")["input_ids"]
-    first_id = encode(tokenizer, ["x"])[0][0]
-    return ids[: ids.index(first_id)]
-
-
-def special_token_pattern(tokenizer) -> re.Pattern:
-    """Finds the texts of the tokenizer's special tokens."""
-    texts = [re.escape(text) for text in tokenizer.all_special_tokens]
-    return re.compile("|".join(texts))
-
-
-def split_completion(
-    tokenizer, prompt_ids: list[int], whole_ids: list[int], completion: str
-) -> list[int]:
-    """The ids of a completion, given those of its prompt, and of prompt and completion together."""
-    if whole_ids[: len(prompt_ids)] == prompt_ids:
-        return whole_ids[len(prompt_ids) :]
-    # A token spans the border. Then encode the completion after some other character. (Encoded by
-    # itself, it would get a space in front of it from tokenizers such as Llama 2's.)
-    for neighbor in "\na0":
-        neighbor_ids, both_ids = encode(tokenizer, [neighbor, neighbor + completion])
-        if both_ids[: len(neighbor_ids)] == neighbor_ids:
-            return both_ids[len(neighbor_ids) :]
-    raise UserError(f"completion {completion!r:.40}: cannot be encoded apart from its prompt")
-
-
-def cut_to_length(
-    prompt_ids: list[int],
-    completions_ids: list[list[int]],
-    prefix_ids: list[int],
-    eos_ids: list[int],
-    config,
-) -> TokenizedRecord:
-    """Cut a record to --max_length: the prompt first, then the completions."""
-    longest_completion = max(len(ids) for ids in completions_ids)
-    room = max(config.max_prompt_length, config.max_length - longest_completion) - len(prefix_ids)
-    if config.truncate_prompt == "start":
-        kept = prompt_ids[max(0, len(prompt_ids) - room) :]
-    else:
-        kept = prompt_ids[:room]
-    was_cut = len(kept) < len(prompt_ids)
-    kept = prefix_ids + kept
-    if not kept:  # some token must come before a completion's first token, to predict it from
-        kept = eos_ids
-    room = config.max_length - len(kept)
-    return TokenizedRecord(
-        prompt_ids=np.array(kept, dtype=np.int32),
-        completions_ids=[np.array(ids[:room], dtype=np.int32) for ids in completions_ids],
-        was_cut=was_cut or longest_completion > room,
-    )
+    return [record for _, record, _ in iter_records(source)]
 
 
 def progress(iterable: Iterable, description: str) -> Iterable:
     """Show a progress bar, on process 0, if it takes more than two seconds."""
     return tqdm(iterable, description, delay=2, disable=os.environ.get("RANK", "0") != "0")
+
+
+def cache_folder() -> Path:
+    """Where prepared data is kept, until somebody removes it: $HALOS_CACHE, or ~/.cache/halos."""
+    return Path(os.environ.get("HALOS_CACHE") or Path.home() / ".cache" / "halos")

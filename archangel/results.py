@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from archangel import claims, figures, judge, statistics
 from archangel.claims import Table, name_of
 from archangel.errors import UserError, exit_status
-from archangel.records import tokenize
 from archangel.run import load_tokenizer
-from common import Example, completion_logps, make_batch
+from archangel.tokens import tokenize
+from common import Examples, completion_logps, make_batch
 
 TABLES = {"data", "models", "methods", "ablations", "contradictory", "claims"}  # in numbers.json
 CAUTION = "A shop of a few hundred products says nothing about models of 1B to 30B."
@@ -89,10 +89,13 @@ def log_odds(path: Path, replies: Sequence[tuple[str, str, str]]) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     model.eval()
     settings = SimpleNamespace(max_length=2048, max_prompt_length=1024, truncate_prompt="start")
-    texts = [(prompt, [first, second]) for prompt, first, second in replies]
-    examples = []
-    for record in tokenize(texts, load_tokenizer(path), settings):
-        examples.append(Example(record.prompt_ids, record.completions_ids))
+    pairs = []
+    for prompt, first, second in replies:
+        pairs.append({"prompt": prompt, "chosen": first, "rejected": second})
+    records = tokenize(pairs, load_tokenizer(path))
+    examples = Examples(records, settings)
+    for number in range(len(records)):
+        examples.add_record(number, [("chosen", "rejected")])
     batch = make_batch(examples)
     logps = batch.sum_completions(completion_logps(model, batch))  # (2 * prompts,)
     first, second = logps.view(-1, 2).unbind(dim=1)

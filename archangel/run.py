@@ -49,6 +49,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from archangel import records
 from archangel.errors import Interrupted, UserError, exit_status
 from archangel.records import TOY
 
@@ -65,7 +66,7 @@ MODELS = {  # the report's seven models (section 3.4): short name to hub id
 }
 # The files of a model that are fetched: no pickled weights, and no code.
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
-RUN_FORMAT = 2  # of the files in --out; a folder without this number has checkpoints of version 1
+RUN_FORMAT = 3  # of the files in --out; those of other numbers cannot be resumed
 # Settings that may differ when a run is resumed. Model and data may have moved: what they contain
 # is compared by its fingerprint.
 MAY_CHANGE = {
@@ -86,8 +87,14 @@ MAY_CHANGE = {
 
 def parse_args(config_class: type[ConfigType], description: str) -> ConfigType:
     """The command line as a `config_class`. The comments behind its fields are the --help texts."""
-    source = inspect.getsource(config_class)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    comments = {}
+    for base in config_class.__mro__:
+        if dataclasses.is_dataclass(base):
+            source = inspect.getsource(base)
+            comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+
+    takes_data = any(field.type == str | list[str] for field in dataclasses.fields(config_class))
+    data_help = records.__doc__.partition("\n\n")[2]
 
     usage = "%(prog)s"
     for field in dataclasses.fields(config_class):
@@ -96,6 +103,7 @@ def parse_args(config_class: type[ConfigType], description: str) -> ConfigType:
     parser = argparse.ArgumentParser(
         usage=usage + " [--SETTING VALUE ...]",
         description=description,
+        epilog=data_help if takes_data else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -111,14 +119,21 @@ def parse_args(config_class: type[ConfigType], description: str) -> ConfigType:
         else:
             options["default"] = field.default
             options["help"] += f" (default: {field.default})"
-        if field.type is bool:
+        if field.type == str | list[str]:  # several values behind it, or the flag repeated
+            options.update(action="extend", nargs="+", default=None)
+        elif field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(field.type) is typing.Literal:
             options["choices"] = typing.get_args(field.type)
         else:
             options["type"] = field.type
         parser.add_argument(f"--{field.name}", **options)
-    return config_class(**vars(parser.parse_args()))
+    settings = vars(parser.parse_args())
+    for field in dataclasses.fields(config_class):
+        if field.type == str | list[str]:
+            values = settings[field.name] or [field.default]
+            settings[field.name] = values[0] if len(values) == 1 else values
+    return config_class(**settings)
 
 
 def check_settings(config, positive: tuple[str, ...] = ()) -> None:
@@ -296,6 +311,7 @@ class Run:
         self.folder = Path(config.out)
         self.device = device
         self.rank = dist.get_rank()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of a machine
         self.world_size = dist.get_world_size()
         self.info = {}  # becomes run.json
         self.layout = None
@@ -321,14 +337,15 @@ class Run:
             tqdm.write(text, file=sys.stderr)
 
     def raise_everywhere(self, error: UserError | None) -> None:
-        """Raise the error of process 0, if it has one, on all processes.
+        """Raise the error of the first process that has one on all processes.
 
-        A collective. Without it, the others would wait for process 0, and end with a traceback.
+        A collective. Without it, the others would wait for that process, and end with a traceback.
         """
-        messages = [None if error is None else str(error)]
-        dist.broadcast_object_list(messages)
-        if messages[0] is not None:
-            raise UserError(messages[0])
+        messages = [None] * self.world_size
+        dist.all_gather_object(messages, None if error is None else str(error))
+        for message in messages:
+            if message is not None:
+                raise UserError(message)
 
     def _check_folder(self) -> None:
         existing = self.folder
@@ -339,20 +356,28 @@ class Run:
         if not self.config.resume and any(self.folder.glob("*")):
             raise UserError(f"--out {self.folder}: is not empty; --resume, or choose another")
 
-    def check_data(self, num_records: int, train_set, test_set, schedule: list[list[int]]) -> None:
-        """Check the examples against the settings, the model and the run that is resumed.
+    def check_examples(self, train_set, test_set) -> None:
+        """Say what was left out, and check the examples' lengths. Raises UserError."""
+        for name, examples in (("data", train_set), ("held-out data", test_set)):
+            for line in examples.records.describe() + examples.left_out.describe():
+                self.print(f"{name}: {line}")
+        if not train_set:
+            raise UserError(f"--data {data_name(self.config)}: no record is left to train on")
+        self._check_lengths(train_set, test_set)
 
-        num_records: training records that were read. schedule: the example indices of every step.
-        Prints a summary of the data. Raises UserError.
+    def check_run(self, train_set, test_set, schedule: list[list[int]]) -> None:
+        """Check the data and the settings against the run that is resumed. Raises UserError.
+
+        schedule: the example indices of every step. Prints a summary of the data.
         """
         self.num_steps = len(schedule)
-        self._check_lengths(train_set, test_set)
         self.info = {
             "format": RUN_FORMAT,
             "script": Path(inspect.getfile(type(self.config))).name,
             "settings": dataclasses.asdict(self.config),
             "steps": self.num_steps,
             "data_sha256": examples_sha256(train_set, test_set),
+            "data": {"train": describe_data(train_set), "test": describe_data(test_set)},
             "model_sha256": self._model_sha256(),
             "machine": {
                 "processes": self.world_size,
@@ -368,13 +393,13 @@ class Run:
         data_sha256 = [None] * self.world_size
         dist.all_gather_object(data_sha256, self.info["data_sha256"])
         if len(set(data_sha256)) > 1:
-            raise UserError(f"--data {self.config.data}: is not the same for all processes")
+            raise UserError(f"--data {data_name(self.config)}: is not the same for all processes")
         previous = self._read_previous_record()
         self._refuse_changes(previous)
         for name in ("reference_seconds", "first_log_ratio_per_token"):
             if name in previous:  # measured once, before the run was resumed
                 self.info[name] = previous[name]
-        self._print_data_summary(num_records, train_set, test_set, schedule)
+        self._print_data_summary(train_set, test_set, schedule)
 
     def is_finished(self) -> bool:
         """Whether the run in --out has done all steps already. Then it says so."""
@@ -404,7 +429,7 @@ class Run:
                 f"the model takes {num_positions}; give a smaller --max_length"
             )
 
-    def _print_data_summary(self, num_records: int, train_set, test_set, schedule) -> None:
+    def _print_data_summary(self, train_set, test_set, schedule) -> None:
         config = self.config
         examples = f"{len(train_set):,} examples"
         if None not in train_set.desirable:
@@ -414,10 +439,11 @@ class Run:
             if num_desirable != num_undesirable:
                 examples += ": the smaller class repeats"
             examples += ")"
+        num_records = train_set.records.counts["read"]
         num_left_out = num_records - len(set(train_set.record_number))
         self.print(
-            f"data: {config.data}, {num_records:,} records, {num_left_out:,} left out; {examples}; "
-            f"{len(test_set):,} held out"
+            f"data: {data_name(config)}, {num_records:,} records, {num_left_out:,} left out; "
+            f"{examples}; {len(test_set):,} held out"
         )
         self.print(
             f"tokens of an example: median {statistics.median(train_set.length):.0f}, longest "
@@ -698,6 +724,7 @@ class Run:
                 if language_model.get_parameter(name) is language_model.get_parameter(source):
                     state.pop(name, None)  # one copy, under the other name, is enough
             partial = self.folder / "model.partial"
+            self._set_end_tokens(language_model)
             with writing(partial):
                 language_model.save_pretrained(partial, state_dict=state)
                 self.tokenizer.save_pretrained(partial)
@@ -714,19 +741,45 @@ class Run:
         self.print(f"the model is in {self.folder}")
         dist.barrier()
 
+    def _set_end_tokens(self, language_model: PreTrainedModel) -> None:
+        """Let `generate` stop where the completions of the training data end."""
+        generation_config = language_model.generation_config
+        end_ids = generation_config.eos_token_id
+        if end_ids is None:
+            end_ids = []
+        elif isinstance(end_ids, int):
+            end_ids = [end_ids]
+        for end_id in self.info["data"]["train"]["end_ids"]:
+            if end_id not in end_ids:
+                end_ids = [*end_ids, end_id]
+        generation_config.eos_token_id = end_ids[0] if len(end_ids) == 1 else end_ids
+
+
+def data_name(config) -> str:
+    """The name or names behind --data."""
+    return config.data if isinstance(config.data, str) else " ".join(config.data)
+
 
 def examples_sha256(train_set, test_set) -> str:
     """A fingerprint of all tokens and labels."""
     digest = hashlib.sha256()
     for examples in (train_set, test_set):
-        digest.update(f"{len(examples)} examples".encode())
-        for index in range(len(examples)):
-            example = examples[index]
-            digest.update(f"{examples.desirable[index]}".encode())
-            for ids in [example.prompt_ids, *example.completions_ids]:
-                digest.update(f"{len(ids)} ids".encode())
-                digest.update(np.asarray(ids, dtype=np.int32).tobytes())
+        digest.update(examples.records.counts["sha256"].encode())
+        for column in (examples.num_tokens, examples.record_number):
+            digest.update(column.tobytes())
+        digest.update(repr(examples.desirable).encode())
     return digest.hexdigest()
+
+
+def describe_data(examples) -> dict:
+    """What was read, used and left out of a split, for run.json."""
+    counts = examples.records.counts
+    return {
+        **counts,
+        "left_out": {**counts["left_out"], **examples.left_out},
+        "used": len(set(examples.record_number)),
+        "examples": len(examples),
+    }
 
 
 def raise_if_not_finite(policy: nn.Module) -> None:

@@ -13,18 +13,21 @@ import hashlib
 import json
 import os
 import statistics
+import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TopPLogitsWarper,
@@ -32,9 +35,11 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from archangel import toy
+from archangel.data import prepare_mixture
 from archangel.errors import UserError, exit_status
-from archangel.records import read_split, tokenize
+from archangel.records import TEMPLATE_COLUMNS, find_sources, iter_records
 from archangel.run import find_model, load_tokenizer
+from archangel.tokens import LeftOut, RecordEncoder, TokenizedRecord, split_record
 
 WIDTH = 100  # columns of the terminal
 
@@ -81,28 +86,113 @@ def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to(device).eval(), tokenizer
 
 
-def read_prompts(data: str, n: int) -> list[dict[str, str]]:
+def read_prompts(data: str, n: int) -> list[dict]:
     """The first `n` prompts, each once: {"prompt": ..., "chosen": ... if there is one}.
 
-    The completion of an unpaired record is its chosen reply if it is desirable. That of a
-    supervised record always is.
+    In a conversation, `prompt` is its messages as text, for readers and judges, and `conversation`
+    is what the chat template gets. `chosen` is the text of the chosen completion, which of an
+    unpaired record is its completion if that is desirable, and of a supervised record always.
 
-    data: as the trainers take it. Of a folder, the test records are read; of a file, all of them.
+    data: as the trainers take it. The held-out records are read; of files, all records.
     """
-    split = "train" if Path(data).is_file() else "test"
+    prepare_mixture(data)
+    sources = find_sources(data, needs_train=False)
+    if "test" not in sources and Path(data).is_dir():
+        raise UserError(f"--data {data}: has no held-out records; name a file to read all of it")
+    source = sources.get("test") or sources["train"]
     prompts = {}
-    for record in read_split(data, split, ("preference", "unpaired", "supervised")):
-        kept = prompts.setdefault(record["prompt"], {"prompt": record["prompt"]})
-        if "chosen" in record:
-            chosen = record["chosen"]
+    for _, record, _ in iter_records(source):
+        try:
+            messages, completions = split_record(record)
+        except LeftOut:  # as in training, which counts them
+            continue
+        if isinstance(messages, str):
+            row = {"prompt": messages}
+        else:
+            conversation = {"prompt": messages}
+            for name in TEMPLATE_COLUMNS:
+                if name in record:
+                    conversation[name] = record[name]
+            row = {"prompt": as_text(messages), "conversation": conversation}
+        kept = prompts.setdefault(row["prompt"], row)
+        if "chosen" in completions:
+            chosen = completions["chosen"]
         elif record.get("label", True):
-            chosen = record["completion"]
+            chosen = completions["completion"]
         else:
             continue
+        if not isinstance(chosen, str):
+            chosen = message_text(chosen)
         kept.setdefault("chosen", chosen)
-    if not prompts:
-        raise UserError(f"--data {data}: no such file, and no folder with a test.jsonl")
     return list(prompts.values())[:n]
+
+
+def as_text(messages: list[dict]) -> str:
+    """A conversation for readers, who know nothing of chat templates."""
+    turns = [f"{message['role'].capitalize()}: {message_text(message)}" for message in messages]
+    return "\n\n".join(turns)
+
+
+def message_text(message: dict) -> str:
+    """What a message says. What is not text (parts, calls of tools) is written as JSON."""
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = json.dumps(content, ensure_ascii=False)
+    if message.get("tool_calls"):
+        content += json.dumps(message["tool_calls"], ensure_ascii=False)
+    return content
+
+
+def encode_prompts(
+    prompts: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[TokenizedRecord | LeftOut]:
+    """The token ids of prompts, as in training, or why there are none.
+
+    A text that is longer than max_length loses its start. A conversation cannot be cut.
+    """
+    encoder = RecordEncoder(tokenizer)
+    encoded = []
+    for prompt in prompts:
+        record = prompt.get("conversation", {"prompt": prompt["prompt"]})
+        try:
+            (tokens,) = encoder.encode([encoder.write(record)])
+        except LeftOut as reason:
+            encoded.append(reason)
+            continue
+        excess = len(tokens.prompt_ids) - max_length
+        if excess > 0 and tokens.is_chat:
+            tokens = LeftOut(f"a conversation of more than {max_length} tokens")
+        elif excess > 0:
+            num_prefix = len(encoder.prefix_ids)
+            del tokens.prompt_ids[num_prefix : num_prefix + excess]
+        encoded.append(tokens)
+    return encoded
+
+
+def leave_out_unusable(
+    prompts: list[dict], paths: Iterable[Path], max_new_tokens: int
+) -> list[dict]:
+    """The prompts that all of these models can reply to. Says how many are left out, and why."""
+    for path in paths:
+        config = AutoConfig.from_pretrained(path).get_text_config()
+        encoded = encode_prompts(
+            prompts, load_tokenizer(path), room_for_prompt(config, max_new_tokens)
+        )
+        reasons = [str(tokens) for tokens in encoded if isinstance(tokens, LeftOut)]
+        for reason, number in Counter(reasons).items():
+            tqdm.write(f"{path}: {number} prompts left out: {reason}", file=sys.stderr)
+        prompts = [
+            prompt for prompt, tokens in zip(prompts, encoded) if not isinstance(tokens, LeftOut)
+        ]
+    return prompts
+
+
+def room_for_prompt(config: PretrainedConfig, max_new_tokens: int) -> int:
+    """The tokens that a prompt may have. Raises UserError if there is no room for it."""
+    room = getattr(config, "max_position_embeddings", 2048) - max_new_tokens
+    if room < 1:
+        raise UserError(f"--max_new_tokens {max_new_tokens}: no room for a prompt")
+    return room
 
 
 @torch.no_grad()
@@ -118,23 +208,22 @@ def sample(
 ) -> Iterator[list[dict]]:
     """Reply to prompts (see read_prompts). Yields batches; prompts of similar length are together.
 
-    To each prompt's own fields it adds `reply`, `tokens` (of the reply, without the end-of-sequence
-    token) and `ended` (whether it ended with that token, and was not cut at `max_new_tokens`). A
-    prompt loses its start if it does not fit, with its reply, the model's number of positions.
+    To each prompt's own fields it adds `reply`, `tokens` (of the reply, without the token that ends
+    it) and `ended` (whether it ended with that token, and was not cut at `max_new_tokens`). A text
+    loses its start if it does not fit, with its reply, the model's number of positions.
     """
-    room = getattr(model.config, "max_position_embeddings", 2048) - max_new_tokens
-    if room < 1:
-        raise UserError(f"--max_new_tokens {max_new_tokens}: no room for a prompt")
-    # Tokenized as in training, with the same tokens at the start.
-    settings = SimpleNamespace(max_length=room + 1, max_prompt_length=room, truncate_prompt="start")
-    tokenized = tokenize([(prompt["prompt"], [""]) for prompt in prompts], tokenizer, settings)
-    prompts_ids = [record.prompt_ids.tolist() for record in tokenized]
+    room = room_for_prompt(model.config.get_text_config(), max_new_tokens)
+    encoded = encode_prompts(prompts, tokenizer, room)
+    prompts_ids = [tokens.prompt_ids for tokens in encoded]
+    encoder = RecordEncoder(tokenizer)
+    # Stop where completions end in training: after a text, or after a turn of a conversation.
+    end_ids = sorted({encoder.end_id(tokens.is_chat) for tokens in encoded})
 
     eos = tokenizer.eos_token_id
     # Replace the model's own generation settings, which generate falls back on: a temperature or a
     # penalty would change the distribution.
     model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_ids, pad_token_id=eos
     )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts_ids[index]), reverse=True)
     for start in range(0, len(order), batch_size):
@@ -155,9 +244,10 @@ def sample(
         )
         replies = []
         for index, reply_ids in zip(batch, output[:, longest:].tolist()):
-            ended = eos in reply_ids
+            ends = [place for place, token_id in enumerate(reply_ids) if token_id in end_ids]
+            ended = len(ends) > 0
             if ended:
-                reply_ids = reply_ids[: reply_ids.index(eos)]
+                reply_ids = reply_ids[: ends[0]]
             replies.append(
                 {
                     **prompts[index],
@@ -319,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("model", help="a folder, `toy`, a short name (pythia-1.4b) or a hub id")
     add("--against", metavar="MODEL", help="a second model, what was before; shown side by side")
-    add("--data", default="toy", help="`toy`, a folder with test.jsonl, or a .jsonl(.gz) file")
+    add("--data", default="toy", help="as the trainers take it; held-out records if it has some")
     add("--n", type=int, default=100, help="prompts to reply to, the first ones of the data")
     add("--show", type=int, default=4, help="prompts whose replies are printed")
     add("--out", type=Path, help="a .jsonl for MODEL's replies; what is there is not sampled again")
@@ -337,6 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         names = {"before": args.against, "after": args.model}
     paths = {label: find_model(name) for label, name in names.items()}
+    prompts = leave_out_unusable(prompts, paths.values(), args.max_new_tokens)
     replies = {}
     for label, path in paths.items():
         replies[label] = reply_to(

@@ -37,9 +37,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from archangel import judge, results, toy
+from archangel.data import prepare_mixture
 from archangel.errors import Interrupted, UserError, exit_status
-from archangel.records import read_split
+from archangel.records import TEMPLATE_COLUMNS, format_of, read_records
 from archangel.run import MODELS, find_model
+from archangel.tokens import LeftOut, split_record
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("sft", "slic", "dpo", "sft+dpo", "ppo", "sft+ppo", "kto", "sft+kto")  # the report's
@@ -86,8 +88,9 @@ class Arm:
 
     method: str  # base (not trained), or one of METHODS
     variant: str = ""  # a name for what differs
-    settings: tuple[tuple[str, str], ...] = ()  # (flag, value)
+    settings: tuple[tuple[str, str], ...] = ()  # (flag, value); "" for a flag without a value
     data: str = ""  # a folder that `write_data` makes; if empty, --data
+    is_own_loop: bool = False  # trained by archangel/kto_variants.py, in one process
 
     @property
     def name(self) -> str:
@@ -122,10 +125,22 @@ def vary(method: str, flag: str, values: Sequence[str], default: str) -> dict[st
     return by_value
 
 
+# The reference point by the settings of kto.py, and as the authors' code of December 2023 had it:
+# with gradient, and of the examples of one process, which were 4 of 32 on 8 GPUs.
+ATTACHED = ("--attached", "")
+GROUPS_OF_4 = ("--group_size", "4")
+REFERENCE_POINTS = {
+    **vary("kto", "--kl", ("other_half", "mismatched", "zero"), "other_half"),
+    "attached": Arm("kto", "attached", (ATTACHED,), is_own_loop=True),
+    "groups of 4": Arm("kto", "groups", (GROUPS_OF_4,), is_own_loop=True),
+    "groups of 4, attached": Arm(
+        "kto", "groups_attached", (GROUPS_OF_4, ATTACHED), is_own_loop=True
+    ),
+}
 BETAS = ("0.01", "0.03", "0.1", "0.3", "1.0")
 # Title to value to arm. The first two and the last two train KTO without SFT.
 ABLATIONS = {
-    "reference point": vary("kto", "--kl", ("other_half", "mismatched", "zero"), "other_half"),
+    "reference point": REFERENCE_POINTS,
     "loss aversion (undesirable / desirable weight)": vary(
         "kto", "--undesirable_weight", ("1.0", "1.5", "2.0", "2.5", "3.0"), "1.0"
     ),
@@ -162,7 +177,9 @@ def arms(args: argparse.Namespace) -> list[Arm]:
     if "ablations" in args.experiment:
         chosen.append(Arm("sft"))
         for arms_of_ablation in ABLATIONS.values():
-            chosen.extend(arms_of_ablation.values())
+            for arm in arms_of_ablation.values():
+                if args.processes == 1 or not arm.is_own_loop:
+                    chosen.append(arm)
     if "contradictory" in args.experiment:
         chosen.extend(CONTRADICTORY.values())
     return list(dict.fromkeys(chosen))
@@ -205,13 +222,18 @@ def training(args: argparse.Namespace, model: str, arm: Arm, seed: int) -> tuple
     settings["--seed"] = seed
     settings.update(arm.settings)
 
-    if args.processes > 1:
-        words = ["torchrun", f"--nproc_per_node={args.processes}"]
+    if arm.is_own_loop:
+        words = ["python", "-m", "archangel.kto_variants"]
     else:
-        words = ["python"]
-    words.append(os.path.relpath(ROOT / SCRIPTS[arm.method.removeprefix("sft+")]))
+        script = os.path.relpath(ROOT / SCRIPTS[arm.method.removeprefix("sft+")])
+        if args.processes > 1:
+            words = ["torchrun", f"--nproc_per_node={args.processes}", script]
+        else:
+            words = ["python", script]
     for flag, value in settings.items():
-        words += [flag, str(value)]
+        words.append(flag)
+        if value != "":
+            words.append(str(value))
     if model.endswith(RECOMPUTE):
         words.append("--activation_checkpointing")
     words.append("--resume")
@@ -287,14 +309,26 @@ def plan(args: argparse.Namespace) -> list[Stage]:
 
 def few_desirable(args: argparse.Namespace) -> Iterator[dict]:
     """The training records as single completions, without 90% of the desirable ones."""
-    records = read_split(args.data, "train", ("preference",))
-    num_kept = max(1, len(records) // 10)
-    kept = set(random.Random("few desirable").sample(range(len(records)), num_kept))
-    for number, record in enumerate(records):
-        prompt = record["prompt"]
-        if number in kept:
-            yield {"prompt": prompt, "completion": record["chosen"], "label": True}
-        yield {"prompt": prompt, "completion": record["rejected"], "label": False}
+    pairs = []
+    prepare_mixture(args.data)
+    for record in read_records(args.data, "train"):
+        if format_of(record) != "preference":
+            raise UserError(f"--data {args.data}: has other records than pairs")
+        try:
+            prompt, completions = split_record(record)
+        except LeftOut:  # the trainers leave it out, too
+            continue
+        shared = {name: record[name] for name in TEMPLATE_COLUMNS if name in record}
+        pairs.append(({"prompt": prompt, **shared}, completions))
+    num_kept = max(1, len(pairs) // 10)
+    kept = set(random.Random("few desirable").sample(range(len(pairs)), num_kept))
+    for number, (shared, completions) in enumerate(pairs):
+        for name, label in (("chosen", True), ("rejected", False)):
+            completion = completions[name]
+            if not isinstance(completion, str):  # a message
+                completion = [completion]
+            if not label or number in kept:
+                yield {**shared, "completion": completion, "label": label}
 
 
 def two_replies(num_prompts: int = 32) -> list[tuple[str, str, str]]:

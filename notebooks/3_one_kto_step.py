@@ -11,9 +11,10 @@
 # %% [markdown]
 # # One KTO step, slowly
 #
-# *The report, Figure 1 (the pipeline) and section 5 (KTO, equation (7)).*
+# *The [report](https://github.com/ContextualAI/HALOs/blob/main/assets/report.pdf),
+# Figure 1 (the pipeline) and section 5 (KTO, equation (7)).*
 #
-# From a row of data to tokens, log-probabilities, the reference point, the loss, a step, and the
+# From a record to tokens, log-probabilities, the reference point, the loss, a step, and the
 # replies before and after, in the toy world that ships with the project: a shop assistant of 0.7 M
 # parameters that knows 256 products and has picked up bad manners. Everything is done by the
 # functions that `kto.py` runs; the steps themselves by `kto.train`. (In float64 and on the CPU, so
@@ -43,11 +44,13 @@ import common
 import dpo
 import kto
 from archangel import packed, sample
+from archangel.records import read_records
 from archangel.run import find_model
 
 plt.style.use("figures.mplstyle")
 disable_progress_bar()
 folder = tempfile.TemporaryDirectory()
+os.environ["HALOS_CACHE"] = folder.name  # where token ids are kept
 
 # %% [markdown]
 # ## 1. The pipeline
@@ -58,8 +61,8 @@ folder = tempfile.TemporaryDirectory()
 
 # %%
 BOXES = {  # name: (x, y, what)
-    "row": (0, 1, "a row\nprompt, reply, label"),
-    "tokens": (0, 0, "tokens\nkto.make_examples"),
+    "record": (0, 1, "a record\nprompt, reply, label"),
+    "tokens": (0, 0, "tokens\ncommon.load_records"),
     "batch": (1, 0.5, "a batch, each prompt once\ncommon.make_batch"),
     "policy": (2, 1, "log-probabilities\ncommon.completion_logps"),
     "column": (2, 0, "reference log-probabilities, once\ncommon.add_reference_logps"),
@@ -69,7 +72,7 @@ BOXES = {  # name: (x, y, what)
     "step": (5, 1, "a step\nkto.train"),
     "replies": (5, 0, "replies\narchangel.sample"),
 }
-ARROWS = ["row tokens", "tokens batch", "batch policy", "batch column", "policy ratios"]
+ARROWS = ["record tokens", "tokens batch", "batch policy", "batch column", "policy ratios"]
 ARROWS += ["column ratios", "ratios loss", "ratios point", "point loss", "loss step"]
 ARROWS += ["step replies"]
 figure, axes = plt.subplots(figsize=(12, 2))
@@ -87,14 +90,13 @@ for arrow in ARROWS:
 plt.show()
 
 # %% [markdown]
-# ## 2. A row, as tokens
+# ## 2. A record, as tokens
 #
-# *Section 5: KTO learns from a reply and whether it is desirable; pairs are not needed.* A row here
-# is a pair, because all five losses learn from the same data. KTO takes it as two examples.
+# *Section 5: KTO learns from a reply and whether it is desirable; pairs are not needed.* A record
+# here is a pair, because all five losses learn from the same data. KTO takes it as two examples.
 
 # %%
-records, _ = common.load_records("toy", kto.FORMATS)
-records = records[:240]
+records = read_records("toy", "train")[:240]
 config = kto.Config(
     model="toy",
     data=f"{folder.name}/records.jsonl",  # the toy's first records, for a short run
@@ -112,7 +114,8 @@ for column, text in record.items():
 
 # %%
 run = common.start_run(config)
-examples = kto.make_examples(records, run.tokenizer, config)
+tokenized_records, _ = common.load_records(run, kto.FORMATS)
+examples = kto.make_examples(tokenized_records, config)
 good = examples[0]  # the first record's chosen reply
 bad = examples[1]  # and its rejected one
 for index in (0, 1):
@@ -122,9 +125,9 @@ for index in (0, 1):
     print("   ", "|".join(map(repr, run.tokenizer.batch_decode(completion_ids[:, None]))))
 
 # %% [markdown]
-# Prompt and reply are tokenized separately, and the end-of-sequence token ends the reply: that a
-# reply *stops* is learned like any word of it. (This base model continues with turns of the user,
-# as in the report's Figure 3.)
+# Prompt and reply are tokenized together and divided at their border. The end-of-sequence token
+# ends the reply: that a reply *stops* is learned like any word of it. (This base model continues
+# with turns of the user, as in the report's Figure 3.)
 #
 # ## 3. Each prompt once
 #
@@ -137,7 +140,7 @@ for index in (0, 1):
 model, tokenizer = sample.load(find_model("toy"))
 model = model.double()
 packed.use_packed_attention(model, torch.device("cpu"))
-pair = dpo.make_examples([record], run.tokenizer, dpo.Config(model="toy"))[0]
+pair = dpo.make_examples(tokenized_records, dpo.Config(model="toy"))[0]
 micro_batch = common.make_micro_batch([pair], [0], packed.PackedLayout(), "cpu")
 with torch.no_grad():
     packed_logps = common.completion_logps(model, micro_batch)

@@ -30,11 +30,13 @@ from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
-from common import Example
+from archangel.tokens import load_tokens
+from common import Example, Examples
 
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "archangel" / "toy_world"
@@ -92,6 +94,11 @@ def clean_environment() -> dict[str, str]:
 def read_metrics(out: Path) -> list[dict]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_record(out: Path) -> dict:
+    """What run.json holds."""
+    return json.loads((Path(out) / "run.json").read_text())
 
 
 def metric(records: list[dict], name: str) -> torch.Tensor:
@@ -236,7 +243,7 @@ def plain_logps(model: PreTrainedModel, examples: list[Example]) -> Tensor:
     for example in examples:
         prompt_length = len(example.prompt_ids)
         for completion_ids in example.completions_ids:
-            input_ids = torch.tensor([example.prompt_ids + completion_ids])
+            input_ids = torch.tensor([[*example.prompt_ids, *completion_ids]])
             all_logps = model(input_ids=input_ids).logits[0].log_softmax(-1)  # (T, V)
             for place, token in enumerate(completion_ids):
                 logps.append(all_logps[prompt_length + place - 1, token])
@@ -254,6 +261,15 @@ def write_toy_folder(folder: Path, train: int, test: int = 0) -> str:
                 records = [json.loads(next(file)) for _ in range(number)]
             write_records(folder / f"{split}.jsonl", records)
     return str(folder)
+
+
+def load_examples(script: str, **settings) -> tuple[Examples, Examples]:
+    """A script's training and held-out examples, by the toy's tokenizer. settings: with `data`."""
+    module = importlib.import_module(script)
+    config = module.Config(**{"model": "toy", **settings})
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    records, test_records = load_tokens(config.data, module.FORMATS, tokenizer)
+    return module.make_examples(records, config), module.make_examples(test_records, config)
 
 
 def copy_toy_model(folder: Path, **changes) -> str:
@@ -392,8 +408,13 @@ def _run_script(path: str, flags: list[str], environment: dict[str, str], stderr
     runpy.run_path(path, run_name="__main__")
 
 
-def fork(script: str | Path, flags_of_each: list[list[str]]) -> list[Forked]:
-    """Start a script as torchrun does, with as many processes as there are lists of flags."""
+def fork(
+    script: str | Path, flags_of_each: list[list[str]], one_machine: bool = True
+) -> list[Forked]:
+    """Start a script as torchrun does, with as many processes as there are lists of flags.
+
+    Otherwise than on one machine, each process is alone on a machine of its own.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -401,7 +422,7 @@ def fork(script: str | Path, flags_of_each: list[list[str]]) -> list[Forked]:
     for rank, flags in enumerate(flags_of_each):
         environment = {
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
+            "LOCAL_RANK": str(rank) if one_machine else "0",
             "WORLD_SIZE": str(len(flags_of_each)),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),

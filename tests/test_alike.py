@@ -61,12 +61,6 @@ ALLOWED = {
         '-    if config.kl == "mismatched":',
         "-        examples.mismatched = draw_mismatched(examples, config)",
     ],
-    ("make_schedule", "sft"): [  # only SFT leaves records out, and so it may have no example
-        "+    if not examples:",
-        "+        raise common.UserError(",
-        '+            f"--data {config.data}: every label is False; this loss needs True ones"',
-        "+        )",
-    ],
     ("train, to the loop", "slic"): NO_REFERENCE_BEFORE,
     ("train, to the loop", "sft"): NO_REFERENCE_BEFORE,
     ("train, to the loop", "ppo_offline"): [  # it has a value head

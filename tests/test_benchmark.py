@@ -20,8 +20,8 @@ from archangel.benchmark import Config, count_work, summarize
 from archangel.benchmark_ours import Stage
 from archangel.benchmark_turns import WARMUP_STEPS, Contender
 from archangel.errors import UserError, exit_status
-from archangel.records import load_records
 from archangel.run import load_tokenizer, parse_args
+from archangel.tokens import load_tokens
 from archangel.workload import SHAPES, Shape, forward_flops, make_examples, useful_work
 
 METHODS = ["sft", "dpo", "kto", "slic", "ppo_offline"]
@@ -199,9 +199,10 @@ def test_records_give_same_tokens(method, tmp_path):
     expected = make_examples(SHAPES["tiny"], method, 16, 512, seed=1)
     workload.write_model(SHAPES["tiny"], 1, tmp_path)
     workload.write_records(expected, method, tmp_path / "records.jsonl")
-    records, _ = load_records(str(tmp_path / "records.jsonl"), script.FORMATS)
+    tokenizer = load_tokenizer(tmp_path)
+    records, _ = load_tokens(str(tmp_path / "records.jsonl"), script.FORMATS, tokenizer)
     config = script.Config(model="toy", max_length=512, max_prompt_length=384)
-    examples = script.make_examples(records, load_tokenizer(tmp_path), config)
+    examples = script.make_examples(records, config)
     assert len(examples) == len(expected)
     for index, expected_example in enumerate(expected):
         example = examples[index]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from archangel import data
 from archangel.errors import UserError
+from archangel.records import read_records
 
 HH = ROOT / "tests" / "data" / "hh.jsonl"
 OASST = ROOT / "tests" / "data" / "oasst_trees.jsonl"
@@ -252,148 +253,6 @@ def test_shp_seed():
     assert len(draws) > 1
 
 
-# ------------------------------------------------------------------------------------ any other set
-
-USER = {"role": "user", "content": "Q"}
-GOOD = {"role": "assistant", "content": "good"}
-BAD = {"role": "assistant", "content": "bad"}
-TURNS = {"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": " good", "rejected": " bad"}
-FORMATS = [  # (raw record, record)
-    (
-        {"prompt": "Q\n", "chosen": "good", "rejected": "bad"},
-        {"prompt": "Q\n", "chosen": "good", "rejected": "bad"},
-    ),
-    (
-        {"chosen": "\n\nHuman: Q\n\nAssistant: good", "rejected": "\n\nHuman: Q\n\nAssistant: bad"},
-        TURNS,
-    ),
-    ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, TURNS),
-    ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, TURNS),
-    (
-        {"prompt": "Q", "chosen": [USER, GOOD], "rejected": [USER, BAD], "messages": [USER, GOOD]},
-        TURNS,
-    ),
-    ({"prompt": "Q", "chosen": [GOOD], "rejected": [BAD]}, TURNS),
-    (
-        {"prompt": "Q", "completion": "good", "label": False},
-        {"prompt": "Q", "completion": "good", "label": False},
-    ),
-    (
-        {"prompt": [USER], "completion": [GOOD], "label": True},
-        {"prompt": TURNS["prompt"], "completion": " good", "label": True},
-    ),
-    ({"prompt": "Q", "completion": "good"}, {"prompt": "Q", "completion": "good"}),
-    (
-        {"messages": [USER, BAD, USER, GOOD]},
-        {"prompt": "\n\nHuman: Q\n\nAssistant: bad" + TURNS["prompt"], "completion": " good"},
-    ),
-]
-
-
-FILES = []  # (raw record, record, kind of file)
-for raw_record, record in FORMATS:
-    has_messages = any(isinstance(value, list) for value in raw_record.values())
-    for kind in ("jsonl", "json", "parquet", "csv"):
-        if kind == "csv" and has_messages:  # which CSV cannot hold
-            continue
-        FILES.append((raw_record, record, kind))
-
-
-@pytest.mark.parametrize(("raw_record", "record", "kind"), FILES)
-def test_any_set(tmp_path, raw_record, record, kind):
-    """Every format, from every kind of file."""
-    import datasets
-
-    path = tmp_path / f"raw.{kind}"
-    if kind == "json":
-        path.write_text(json.dumps([raw_record]))
-    elif kind == "jsonl":
-        write_records(path, [raw_record])
-    else:
-        getattr(datasets.Dataset.from_list([raw_record]), f"to_{kind}")(path)
-    raw_records = data.read_files([str(path)])["train"]
-    records, _ = convert(data.any_set, raw_records)
-    assert records == [record]
-
-
-def test_read_text_guesses_no_types(tmp_path):
-    replies = ["None", "007", "2020-01-01", "NA", "two\nlines", "1.10"]
-    lines = ["prompt,completion,label\n"]
-    lines += [f'Q,"{reply}",0\n' for reply in replies]
-    csv_path = tmp_path / "a.csv"
-    csv_path.write_text("".join(lines))
-    jsonl_path = tmp_path / "b.jsonl"
-    write_records(jsonl_path, [{"prompt": "Q", "completion": reply} for reply in replies])
-    for path in (csv_path, jsonl_path):
-        records, _ = convert(data.any_set, data.read_files([str(path)])["train"])
-        assert completions(records) == replies
-
-
-def test_read_parquet_leaves_no_files(tmp_path, monkeypatch):
-    import datasets
-
-    raw = tmp_path / "raw.parquet"
-    datasets.Dataset.from_list([{"prompt": "Q", "completion": "good"}]).to_parquet(raw)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "home")
-    assert len(list(data.read_files([str(raw)])["train"])) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw.parquet", "temporary"]
-    assert not list(temporary.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("raw_record", "reason"),
-    [
-        ({"text": "Q", "id": 1}, "unknown columns text, id"),
-        ({"prompt": "Q", "completion": " "}, "empty reply"),
-        ({"prompt": [USER], "completion": ""}, "empty reply"),
-        ({"prompt": "Q", "completion": "A", "label": "perhaps"}, "label neither true nor false"),
-        ({"prompt": "Q", "completion": None}, "neither text nor a list of messages"),
-        ({"prompt": 3, "completion": "A"}, "neither text nor a list of messages"),
-        ({"messages": [GOOD]}, "not messages that end in the assistant's answer"),
-        ({"messages": [USER]}, "not messages that end in the assistant's answer"),
-        ({"messages": [USER, {"role": "assistant"}]}, "no usable 'content' among the columns role"),
-        ({"chosen": "Q A", "rejected": "Q B"}, data.NOT_SHARED),
-        ({"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}, data.NOT_SHARED),
-        ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "identical replies"),
-    ],
-)
-def test_any_set_drops(raw_record, reason):
-    records, counts = convert(data.any_set, [raw_record])
-    assert not records
-    assert counts.dropped == {reason: 1}
-
-
-def test_chat_template(tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0, "x": 1}, "x")), eos_token="<eos>"
-    )
-    tokenizer.save_pretrained(tmp_path / "plain")
-    with pytest.raises(UserError, match="has no chat template"):
-        data.load_tokenizer(str(tmp_path / "plain"))
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>\n{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    tokenizer.save_pretrained(tmp_path / "chat")
-    tokenizer = data.load_tokenizer(str(tmp_path / "chat"))
-    expected = {"prompt": "[user]Q<eos>\n[assistant]", "chosen": "good", "rejected": "bad"}
-    raw_record = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
-    records, _ = convert(data.any_set, [raw_record], tokenizer=tokenizer)
-    assert records == [expected]
-    tokenizer.chat_template = "{{ messages | length }}"
-    _, counts = convert(data.any_set, [{"messages": [USER, GOOD]}], tokenizer=tokenizer)
-    assert counts.dropped == {"the chat template changes the prompt when an answer follows": 1}
-    tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
-    _, counts = convert(data.any_set, [{"messages": [USER, GOOD]}], tokenizer=tokenizer)
-    assert counts.dropped == {"the chat template refuses: no system turn": 1}
-
-
 # ----------------------------------------------------------------------------------- train and test
 
 
@@ -499,15 +358,17 @@ def test_archangel_from_files(tmp_path):
         assert source["read"] == source["kept"] + sum(source["dropped"].values())
 
 
-def test_prepare_once(tmp_path, monkeypatch):
+def test_prepare_mixture_once(tmp_path, monkeypatch):
     """The command fills the same folder, from which it is not prepared again."""
     monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
     data.main(["archangel", "--hh", str(HH), "--oasst", str(OASST)])
     monkeypatch.setattr(data, "read_hub", lambda name: pytest.fail("the hub was asked"))
-    assert data.prepare() == tmp_path / "cache" / "archangel"
+    data.prepare_mixture("archangel")
+    pairs = read_jsonl(tmp_path / "cache" / "archangel" / "train.jsonl")
+    assert read_records("archangel", "train") == pairs
 
 
-def test_prepare_from_hub(tmp_path, monkeypatch):
+def test_prepare_mixture_from_hub(tmp_path, monkeypatch):
     """Test splits of the hub are kept."""
     hh_records = read_jsonl(HH)
     flat = [list(flatten(tree["prompt"])) for tree in read_jsonl(OASST)]
@@ -519,7 +380,8 @@ def test_prepare_from_hub(tmp_path, monkeypatch):
     }
     monkeypatch.setenv("HALOS_CACHE", str(tmp_path))
     monkeypatch.setattr(data, "read_hub", hub.get)
-    folder = data.prepare()
+    data.prepare_mixture("archangel")
+    folder = tmp_path / "archangel"
     train = read_jsonl(folder / "train.jsonl")
     test = read_jsonl(folder / "test.jsonl")
     assert not prompts(train) & prompts(test)
@@ -528,27 +390,18 @@ def test_prepare_from_hub(tmp_path, monkeypatch):
     assert len(train) + len(test) + 2 == 25 + 2 + 22 + 2
 
 
-def test_read_hub_splits(monkeypatch):
-    import datasets
-
-    for splits, names in (
-        ({"train": 1, "validation": 2}, {"train": 1, "test": 2}),
-        ({"train": 1, "validation": 2, "test": 3}, {"train": 1, "test": 3}),
-        ({"train": 1}, {"train": 1}),
-    ):
-        monkeypatch.setattr(datasets, "load_dataset", lambda name, split, found=splits: found)
-        assert data.read_hub("a/b") == names
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: {"train_sft": 1, "gen": 2})
-    with pytest.raises(UserError, match="name a split by --split, one of train_sft, gen"):
-        data.read_hub("a/b")
+def test_prepare_mixture_is_for_its_own_name(monkeypatch):
+    monkeypatch.setattr(data, "make", lambda *_: pytest.fail("it was made"))
+    data.prepare_mixture("toy")
+    data.prepare_mixture(["archangel", "b.jsonl"])
 
 
-def test_prepare_offline(tmp_path):
+def test_prepare_mixture_offline(tmp_path):
     code = """
-from archangel.data import prepare
+from archangel.data import prepare_mixture
 from archangel.errors import exit_status
 with exit_status():
-    prepare()
+    prepare_mixture("archangel")
 """
     caches = {"HF_HOME": str(tmp_path), "HALOS_CACHE": str(tmp_path)}
     done = subprocess.run(
@@ -564,7 +417,7 @@ with exit_status():
     line = error_line(done.stderr)
     assert "--data toy" in line
     assert "python -m archangel.data archangel --hh F" in line
-    assert "hub can be reached" in line
+    assert "the hub does not give it" in line
     assert not (tmp_path / "archangel").exists()
 
 
@@ -588,11 +441,14 @@ def test_write_unpaired_surrogate(tmp_path):
     ("content", "message"),
     [
         (None, "no file of that name"),
-        ('{"chosen": "x"}\nnot json\n', "row 2 cannot be read"),
-        ("[1, 2]", "row 1 cannot be read"),
-        ('{"text": "x"}\n', "no usable rows .*unknown columns text"),
+        ('{"chosen": "x"}\nnot json\n', "raw.jsonl, line 2: Expecting value"),
+        ("[1, 2]", "raw.jsonl, record 1: is not a JSON object"),
+        ('{"text": "x"}\n', "no usable rows .*no usable 'chosen' among the columns text"),
         ("", "no usable rows"),
-        ('{"prompt": "Q", "completion": "A"}\n', "no prompt is left to train on"),
+        (
+            '{"chosen": "\\n\\nAssistant: A", "rejected": "\\n\\nAssistant: B"}\n',
+            "no prompt is left",
+        ),
     ],
 )
 def test_main_errors(tmp_path, content, message):
@@ -600,7 +456,54 @@ def test_main_errors(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError) as raised:
-        data.main(["rows", "--input", str(path), "--out", str(tmp_path / "out")])
+        data.main(["hh", "--input", str(path), "--out", str(tmp_path / "out")])
     assert "\n" not in str(raised.value)
     assert re.search(message, str(raised.value))
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_names_data():
+    """The converter of other data sets is gone: the trainers read them."""
+    done = run("rows", "--input", "pairs.parquet", "--out", "rows/pairs")
+    assert done.returncode == 2
+    assert "--data" in error_line(done.stderr)
+
+
+# ----------------------------------------------------------------------------------------- show
+
+
+def test_show(tmp_path, capsys):
+    """Counts, what is left out, and examples that decode to the text between their borders."""
+    records = [
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": " Hello.", "label": 1, "id": 7},
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": " ", "label": 0},
+        {"prompt": "Q", "chosen": " yes", "rejected": " no"},
+    ]
+    path = write_records(tmp_path / "mixed.jsonl", records)
+    data.main(["show", "--data", str(path), "--model", "toy", "--n", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"train: {path}: 3 records, 2 used"
+    assert f"    unpaired: 2 records, the first is {path}, line 1" in lines
+    assert f"    preference: 1 record, the first is {path}, line 3" in lines
+    assert f"    left out: an empty completion (1 record, the first is {path}, line 2)" in lines
+    assert "    columns that are not read: id" in lines
+    texts = []
+    for line in lines:
+        name, _, pieces = line.partition(" tokens: ")
+        if pieces:
+            texts.append((name.partition(",")[0], json.loads(pieces).replace("│", "")))
+    end = "<|endoftext|>"
+    assert texts == [
+        ("prompt", "\n\nHuman: Hi\n\nAssistant:"),
+        ("completion", f" Hello.{end}"),
+        ("prompt", "Q"),
+        ("chosen", f" yes{end}"),
+        ("rejected", f" no{end}"),
+    ]
+    assert "label: True" in lines
+
+
+def test_show_says_what_is_wrong(tmp_path):
+    done = run("show", "--data", tmp_path / "missing.jsonl", "--model", "toy")
+    assert done.returncode == 2
+    assert "no such file" in error_line(done.stderr)

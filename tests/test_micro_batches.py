@@ -38,13 +38,13 @@ def test_examples_columns():
     examples.append(common.Example(prompt[:2], [[4]]), desirable=True)
     examples.append(common.Example(prompt.copy(), [[1, 2, 3, 4]]), record_number=7, desirable=False)
     assert len(examples) == 3
-    assert examples.length == [5, 3, 7]
-    assert examples.num_tokens == [6, 3, 7]
-    assert examples.prompt_number == [0, 1, 0]
-    assert examples.record_number == [0, 1, 7]
+    assert list(examples.length) == [5, 3, 7]
+    assert list(examples.num_tokens) == [6, 3, 7]
+    assert list(examples.prompt_number) == [0, 1, 0]
+    assert list(examples.record_number) == [0, 1, 7]
     assert examples.was_cut == [True, False, False]
     assert examples.desirable == [None, True, False]
-    assert examples.offsets == [0, 3, 4, 8]
+    assert list(examples.offsets) == [0, 3, 4, 8]
     assert examples.reference_logps is None
     assert examples.mismatched is None
     assert examples[1].completions_ids == [[4]]
@@ -56,7 +56,7 @@ def test_prompt_number_of_equal_prompts():
     examples = common.Examples()
     for prompt in prompts:
         examples.append(common.Example(np.array(prompt, dtype=np.int32), [[3]]))
-    assert examples.prompt_number == [0, 1, 2, 0, 3, 1]
+    assert list(examples.prompt_number) == [0, 1, 2, 0, 3, 1]
 
 
 def test_empty_examples():

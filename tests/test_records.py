@@ -1,44 +1,59 @@
-"""Data files to records, and records to token ids: archangel/records.py.
+"""Data files to records: archangel/records.py.
 
 HALOS_LONG=1 python -m pytest tests/test_records.py makes up 2,000 files instead of 200.
 """
 
 import codecs
-import functools
+import csv
 import gzip
+import io
 import json
 import os
 import re
+import shutil
 import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 
-import golden_cases
-import numpy as np
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
-from helpers import TOY, word_tokenizer, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from archangel import records as records_module
 from archangel.errors import UserError
-from archangel.records import (
-    MAX_TEST_RECORDS,
-    TokenizedRecord,
-    cut_to_length,
-    find_file,
-    load_records,
-    read_split,
-    split_completion,
-    tokenize,
-)
+from archangel.records import find_sources, iter_records, read_records
 
 PAIR = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
 UNPAIRED = {"prompt": "Q:", "completion": " yes", "label": True}
 SUPERVISED = {"prompt": "Q:", "completion": " yes"}
-RECORDS = {"preference": PAIR, "unpaired": UNPAIRED, "supervised": SUPERVISED}
-ALL_FORMATS = list(RECORDS)
+USER = {"role": "user", "content": "Hi"}
+HELLO = {"role": "assistant", "content": "Hello."}
+GO = {"role": "assistant", "content": "Go."}
+MESSAGES = {"messages": [USER, HELLO]}
+RECORDS = {
+    "preference": PAIR,
+    "preference of messages": {"prompt": [USER], "chosen": [HELLO], "rejected": [GO]},
+    "preference without a prompt": {"chosen": [USER, HELLO], "rejected": [USER, GO]},
+    "preference of dialogues": {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.",
+        "rejected": "\n\nHuman: Hi\n\nAssistant: Go.",
+    },
+    "preference of conversations": {
+        "prompt": "Hi",
+        "chosen": [USER, HELLO],
+        "rejected": [USER, GO],
+    },
+    "unpaired": UNPAIRED,
+    "unpaired of messages": {"prompt": [USER], "completion": [HELLO], "label": False},
+    "unpaired conversation": {**MESSAGES, "label": False},
+    "supervised": SUPERVISED,
+    "supervised of messages": {"prompt": [USER], "completion": [HELLO]},
+    "supervised without a prompt": {"completion": [USER, HELLO]},
+    "conversation": MESSAGES,
+}
+SEARCH = {"type": "function", "function": {"name": "search"}}
 
 
 def write(path: Path, lines: list, end: str = "\n") -> str:
@@ -48,229 +63,92 @@ def write(path: Path, lines: list, end: str = "\n") -> str:
         if not isinstance(line, str):
             line = json.dumps(line, ensure_ascii=False)
         content += line + end
-    content = content.encode()
+    return write_bytes(path, content.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> str:
+    """Write a file, in a folder that is made if needed; compressed if the name ends in .gz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gz":
         content = gzip.compress(content)
     path.write_bytes(content)
     return str(path)
 
 
-def error_of(data: str | Path, formats: list[str] = ALL_FORMATS) -> str:
-    """The one line of the UserError that read_split raises."""
+def error_of(data: str | Path | list[str]) -> str:
+    """The one line of the UserError that read_records raises."""
+    if isinstance(data, Path):
+        data = str(data)
     with pytest.raises(UserError) as caught:
-        read_split(str(data), "train", formats)
+        read_records(data, "train")
     message = str(caught.value)
     assert len(message.splitlines()) == 1
+    assert len(message) < 600
     return message
 
 
 def names_line(message: str, data: str, number: int) -> bool:
-    """Whether a message names this line of this file."""
+    """Whether a message names this line, or this record, of this file."""
     return re.search(rf"{re.escape(data)}, \w+ {number}:", message) is not None
 
 
-# ---------------------------------------------------------------------------- files and splits
+# ------------------------------------------------------------------------------------- the formats
 
 
-@pytest.mark.parametrize("name", ["records.jsonl", "records.jsonl.gz"])
-@pytest.mark.parametrize("format_name", ALL_FORMATS)
-def test_read_split_formats(tmp_path, format_name, name):
+@pytest.mark.parametrize("name", ["records.jsonl", "records.jsonl.gz", "records.json"])
+@pytest.mark.parametrize("format_name", list(RECORDS))
+def test_formats(tmp_path, format_name, name):
     record = RECORDS[format_name]
-    records = [record, {**record, "prompt": ""}, {**record, "prompt": " \n"}]
-    assert read_split(write(tmp_path / name, records), "train", [format_name]) == records
+    assert read_records(write(tmp_path / name, [record, record]), "train") == [record, record]
 
 
-def test_read_split_takes_the_first_format(tmp_path):
-    """A record has the columns of the first format that it can have, and no others."""
-    both = {**PAIR, **UNPAIRED, "label": False, "source": 3, "target": " maybe"}
-    data = write(tmp_path / "records.jsonl", [both, {**SUPERVISED, "source": None}])
-    assert read_split(data, "train", ["preference", "supervised"]) == [
-        {**PAIR, "target": " maybe"},
-        SUPERVISED,
+def test_prompt_may_be_empty(tmp_path):
+    records = [{**PAIR, "prompt": ""}, {**UNPAIRED, "prompt": " \n"}]
+    assert read_records(write(tmp_path / "records.jsonl", records), "train") == records
+
+
+def test_first_format_that_fits_counts(tmp_path):
+    """Columns of later formats are not read, and neither are others. They are counted."""
+    everything = {**PAIR, **UNPAIRED, **MESSAGES, "target": " maybe", "source": 3}
+    without_pair = {**UNPAIRED, **MESSAGES, "chosen": " yes", "source": None}
+    without_label = {**SUPERVISED, **MESSAGES}
+    conversation = {**MESSAGES, "prompt": "Hi", "score": 5}
+    data = write(
+        tmp_path / "records.jsonl", [everything, without_pair, without_label, conversation]
+    )
+    found = [
+        (record, not_read) for _, record, not_read in iter_records(find_sources(data)["train"])
     ]
-    assert read_split(data, "train", ["unpaired", "supervised"]) == [
-        {**UNPAIRED, "label": False, "target": " maybe"},
-        SUPERVISED,
-    ]
-    assert read_split(data, "train", ["supervised"]) == [
-        {**SUPERVISED, "target": " maybe"},
-        SUPERVISED,
+    assert found == [
+        ({**PAIR, "target": " maybe"}, {"completion", "label", "messages", "source"}),
+        (UNPAIRED, {"messages", "chosen", "source"}),
+        (SUPERVISED, {"messages"}),
+        (MESSAGES, {"prompt", "score"}),
     ]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_read_split_of_a_folder(tmp_path, suffix):
-    held_out = {**PAIR, "prompt": "held out"}
-    write(tmp_path / f"train{suffix}", [PAIR, PAIR])
-    assert read_split(str(tmp_path), "test", ["preference"]) == []
-    write(tmp_path / f"test{suffix}", [held_out])
-    assert read_split(str(tmp_path), "train", ["preference"]) == [PAIR, PAIR]
-    assert read_split(str(tmp_path), "test", ["preference"]) == [held_out]
+def test_null_is_no_column(tmp_path):
+    """Sets that are joined have columns that only some of their records fill."""
+    joined = dict.fromkeys([*PAIR, *UNPAIRED, "messages", "target", "system", "tools"])
+    records = [{**joined, **PAIR}, {**joined, **UNPAIRED}, {**joined, **MESSAGES}]
+    data = write(tmp_path / "records.jsonl", [{**joined, **PAIR}, {**joined, **UNPAIRED}])
+    assert read_records(data, "train") == [PAIR, UNPAIRED]
+    data = write(tmp_path / "records.jsonl", records)
+    assert names_line(error_of(data), data, 3)  # its label is null
+    del records[2]["label"]
+    data = write(tmp_path / "records.jsonl", records)
+    assert read_records(data, "train") == [PAIR, UNPAIRED, MESSAGES]
 
 
-def test_read_split_of_a_file(tmp_path, monkeypatch):
-    """All of a file is for training, whatever its name."""
-    data = write(tmp_path / "test.jsonl", [PAIR])
-    monkeypatch.chdir(tmp_path)
-    for path in (data, "test.jsonl", "./test.jsonl"):
-        assert read_split(path, "train", ["preference"]) == [PAIR]
-        assert read_split(path, "test", ["preference"]) == []
-
-
-def test_find_file(tmp_path):
-    train = tmp_path / "train.jsonl"
-    compressed = tmp_path / "train.jsonl.gz"
-    assert find_file(str(tmp_path), "test") is None
-    assert find_file(str(tmp_path), "train") == train  # which read_split then finds missing
-    write(compressed, [PAIR])
-    assert find_file(str(tmp_path), "train") == compressed
-    write(train, [PAIR])
-    assert find_file(str(tmp_path), "train") == train
-    assert find_file(str(train), "train") == train
-    assert find_file(str(train), "test") is None
-
-
-def test_load_records_draws_the_held_out_ones(tmp_path):
-    """In a sorted file, every batch of the held-out records has both labels."""
-    records = []
-    for number in range(800):
-        records.append({"prompt": f"{number}", "completion": "a", "label": number < 400})
-    for split in ("train", "test"):
-        write(tmp_path / f"{split}.jsonl", records)
-    train_records, test_records = load_records(str(tmp_path), ["unpaired"])
-    assert train_records == records
-    assert len(test_records) == MAX_TEST_RECORDS == 512
-    assert len({record["prompt"] for record in test_records}) == 512
-    for start in range(0, 512, 32):
-        assert {record["label"] for record in test_records[start : start + 32]} == {True, False}
-
-
-def test_load_records_draws_the_same_ones(tmp_path):
-    records = [{**PAIR, "prompt": f"{number}"} for number in range(40)]
-    for split in ("train", "test"):
-        write(tmp_path / f"{split}.jsonl", records)
-    _, first = load_records(str(tmp_path), ["preference"])
-    np.random.seed(5)
-    _, second = load_records(str(tmp_path), ["preference"])
-    assert first == second != records
-    assert sorted(record["prompt"] for record in first) == sorted(map(str, range(40)))
-
-
-def test_load_records_without_a_test_split(tmp_path):
-    data = write(tmp_path / "train.jsonl", [PAIR])
-    assert load_records(data, ["preference"]) == ([PAIR], [])
-    assert load_records(str(tmp_path), ["preference"]) == ([PAIR], [])
-
-
-def test_toy_has_both_splits():
-    train_records = read_split("toy", "train", ["preference"])
-    test_records = read_split("toy", "test", ["preference"])
-    assert len(train_records) > len(test_records) > 0
-    for record in train_records + test_records:
-        assert record.keys() >= {"prompt", "chosen", "rejected"}
-    train_prompts = {record["prompt"] for record in train_records}
-    assert train_prompts.isdisjoint(record["prompt"] for record in test_records)
-
-
-def test_archangel_is_prepared_on_first_use(tmp_path, monkeypatch):
-    from archangel import data
-
-    write(tmp_path / "train.jsonl", [PAIR])
-    monkeypatch.setattr(data, "prepare", lambda: tmp_path)
-    assert read_split("archangel", "train", ["preference"]) == [PAIR]
-    assert read_split("archangel", "test", ["preference"]) == []
-
-
-def test_read_split_skips_blank_lines(tmp_path):
-    """A byte order mark and Windows line ends are no part of a record."""
-    path = tmp_path / "records.jsonl"
-    text = f"{json.dumps(PAIR)}\r\n\r\n  \n{json.dumps(SUPERVISED)}"
-    path.write_bytes(codecs.BOM_UTF8 + text.encode())
-    assert read_split(str(path), "train", ALL_FORMATS) == [PAIR, SUPERVISED]
-
-
-@pytest.mark.parametrize("escaped", [True, False])
-@pytest.mark.parametrize("name", ["records.jsonl", "records.jsonl.gz"])
-def test_unicode_arrives_as_written(tmp_path, name, escaped):
-    text = 'naïve 東京 🦉 e\u0301 \u2028 \x85 \u00a0 \ufeff \x00 \r\n \t \\ " \U0010ffff'
-    record = {"prompt": text, "completion": text}
-    data = write(tmp_path / name, [json.dumps(record, ensure_ascii=escaped)])
-    assert read_split(data, "train", ["supervised"]) == [record]
-
-
-# ------------------------------------------------------------------- missing and malformed files
-
-
-def test_missing_file_is_named(tmp_path):
-    assert str(tmp_path / "nothing.jsonl") in error_of(tmp_path / "nothing.jsonl")
-
-
-def test_folder_without_train_is_named(tmp_path):
-    write(tmp_path / "test.jsonl", [PAIR])
-    assert str(tmp_path / "train.jsonl") in error_of(tmp_path)
-
-
-@pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
-def test_empty_file_is_named(tmp_path, content):
-    data = write(tmp_path / "records.jsonl", [content], end="")
-    assert data in error_of(data)
-
-
-def test_other_file_names_the_converter(tmp_path):
-    table = tmp_path / "records.csv"
-    table.write_text("prompt,completion\na,b\n")
-    assert "python -m archangel.data" in error_of(table)
-
-
-DEEP = '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + ', "completion": "c"}'
-
-
-@pytest.mark.parametrize(
-    "line, said",
-    [
-        ('{"prompt": "Q:", ', ""),
-        ("prompt: Q", ""),
-        ("{'prompt': 'Q'}", ""),
-        (DEEP, ""),
-        ('{"prompt": ' + "9" * 5000 + ', "completion": "c"}', ""),
-        ('{"prompt": "Q:", "completion": "a", "completion": "b"}', "twice"),
-        ("[]", "object"),
-        ('"text"', "object"),
-        ("null", "object"),
-        ("3", "object"),
-        ({}, "prompt, completion"),
-        ({"prompt": "Q:"}, "prompt, completion"),
-        ({"prompt": "Q:", "chosen": "a"}, "prompt, chosen, rejected"),
-        ({"prompt": "Q:", "Completion": "a"}, "prompt, completion"),
-        ({**SUPERVISED, "completion": ""}, "completion"),
-        ({**SUPERVISED, "completion": " \n\t"}, "completion"),
-        ({**PAIR, "chosen": ""}, "chosen"),
-        ({**PAIR, "rejected": " "}, "rejected"),
-        ({**PAIR, "target": ""}, "target"),
-        ({**PAIR, "target": None}, "target"),
-        ({**UNPAIRED, "label": 2}, "label"),
-        ({**UNPAIRED, "label": 0.5}, "label"),
-        ({**UNPAIRED, "label": "fine"}, "label"),
-        ({**UNPAIRED, "label": None}, "label"),
-        ({**UNPAIRED, "label": [1]}, "label"),
-        ({**PAIR, "system": "Be brief."}, "beginning of the prompt"),
-        ({**PAIR, "tools": [{"name": "search"}]}, "tools"),
-        ({**SUPERVISED, "images": ["a.png"]}, "only text"),
-        ({**SUPERVISED, "prompt": None}, "prompt"),
-        ({**SUPERVISED, "prompt": 3}, "prompt"),
-        ({**SUPERVISED, "prompt": ["Q:"]}, "prompt"),
-        ({**SUPERVISED, "completion": {"text": "a\nb"}}, "completion"),
-        ({**PAIR, "chosen": True}, "chosen"),
-        ('{"prompt": "\\ud800", "completion": "c"}', ""),
-        ('{"prompt": "Q:", "completion": "c \\udc80"}', ""),
-    ],
-)
-def test_bad_record_is_named(tmp_path, line, said):
-    data = write(tmp_path / "records.jsonl", [PAIR, "", UNPAIRED, line, PAIR])
-    message = error_of(data)
-    assert names_line(message, data, 4)
-    assert said in message
-    assert len(message) < 500
+@pytest.mark.parametrize("as_text", [False, True])
+def test_template_columns(tmp_path, as_text):
+    """Also as JSON in a string, which is how they fit into one column of parquet."""
+    options = {"tools": [SEARCH], "chat_template_kwargs": {"thinking": True}}
+    record = {**MESSAGES, **options}
+    written = record
+    if as_text:
+        written = {**MESSAGES, **{name: json.dumps(item) for name, item in options.items()}}
+    assert read_records(write(tmp_path / "records.jsonl", [written]), "train") == [record]
 
 
 def test_labels(tmp_path):
@@ -282,18 +160,605 @@ def test_labels(tmp_path):
     for label, spellings in labels.items():
         records = [{**UNPAIRED, "label": spelling, "system": ""} for spelling in spellings]
         data = write(tmp_path / "records.jsonl", records)
-        found = read_split(data, "train", ["unpaired"])
+        found = read_records(data, "train")
         assert found == [{**UNPAIRED, "label": label}] * len(spellings)
         assert all(type(record["label"]) is bool for record in found)
 
 
-def test_record_of_another_format_is_named(tmp_path):
-    data = write(tmp_path / "records.jsonl", [PAIR, UNPAIRED, SUPERVISED])
-    message = error_of(data, ["preference", "unpaired"])
-    assert names_line(message, data, 3)
-    assert "{prompt, chosen, rejected}" in message
-    assert "{prompt, completion, label}" in message
-    assert names_line(error_of(data, ["preference"]), data, 2)
+# ---------------------------------------------------------------------------- files and splits
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json"])
+def test_folder(tmp_path, suffix):
+    held_out = {**PAIR, "prompt": "held out"}
+    write(tmp_path / f"train{suffix}", [PAIR, PAIR])
+    assert read_records(str(tmp_path), "test") == []
+    write(tmp_path / f"test{suffix}", [held_out])
+    assert read_records(str(tmp_path), "train") == [PAIR, PAIR]
+    assert read_records(str(tmp_path), "test") == [held_out]
+
+
+def test_folder_with_validation(tmp_path):
+    """It is the held-out split, unless there is a test split."""
+    held_out = {**PAIR, "prompt": "held out"}
+    write(tmp_path / "train.jsonl", [PAIR])
+    write(tmp_path / "validation.jsonl", [held_out])
+    assert read_records(str(tmp_path), "test") == [held_out]
+    write(tmp_path / "test.jsonl", [held_out, held_out])
+    assert read_records(str(tmp_path), "test") == [held_out, held_out]
+
+
+def test_folder_of_archangel_data(tmp_path):
+    """counts.json and README.md are not data."""
+    write(tmp_path / "train.jsonl", [PAIR])
+    write(tmp_path / "test.jsonl", [PAIR, PAIR])
+    write(tmp_path / "counts.json", [{"rows": {"train": 1, "test": 2}}])
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nPairs.\n")
+    assert read_records(str(tmp_path), "train") == [PAIR]
+    assert read_records(str(tmp_path), "test") == [PAIR, PAIR]
+
+
+def test_folder_with_a_compressed_copy(tmp_path):
+    write(tmp_path / "train.jsonl", [PAIR])
+    write(tmp_path / "train.jsonl.gz", [PAIR])
+    assert read_records(str(tmp_path), "train") == [PAIR]
+
+
+def test_folder_of_shards(tmp_path):
+    first = [{**PAIR, "prompt": f"{number}"} for number in range(3)]
+    second = [{**PAIR, "prompt": f"{number}"} for number in range(3, 5)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    datasets.Dataset.from_list(first).to_parquet(folder / "train-00000-of-00002.parquet")
+    datasets.Dataset.from_list(second).to_parquet(folder / "train-00001-of-00002.parquet")
+    datasets.Dataset.from_list([PAIR]).to_parquet(folder / "test-00000-of-00001.parquet")
+    for data in (tmp_path, folder):
+        assert read_records(str(data), "train") == first + second
+        assert read_records(str(data), "test") == [PAIR]
+
+
+@pytest.mark.parametrize("name", ["a b", "a:b", "é", "a#b%20", "{a}"])
+def test_folder_names(tmp_path, name):
+    write(tmp_path / name / "train.jsonl", [PAIR])
+    assert read_records(str(tmp_path / name), "train") == [PAIR]
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a?", "a*"])
+def test_folder_whose_name_is_a_pattern(tmp_path, name):
+    """The datasets library would read other folders that match it."""
+    write(tmp_path / name / "train.jsonl", [PAIR])
+    write(tmp_path / "ab" / "train.jsonl", [SUPERVISED])
+    assert str(tmp_path / name) in error_of(tmp_path / name)
+    datasets.Dataset.from_list([UNPAIRED]).to_parquet(tmp_path / name / "x.parquet")
+    datasets.Dataset.from_list([SUPERVISED]).to_parquet(tmp_path / "ab" / "x.parquet")
+    assert read_records(str(tmp_path / name / "x.parquet"), "train") == [UNPAIRED]
+    assert read_records(str(tmp_path / name / "train.jsonl"), "train") == [PAIR]
+
+
+def test_file(tmp_path, monkeypatch):
+    """All of a file is for training, whatever its name."""
+    data = write(tmp_path / "test.jsonl", [PAIR])
+    monkeypatch.chdir(tmp_path)
+    for path in (data, "test.jsonl", "./test.jsonl"):
+        assert read_records(path, "train") == [PAIR]
+        assert read_records(path, "test") == []
+
+
+def test_several_files(tmp_path):
+    """As a list, or as a glob. They may be of different kinds."""
+    names = []
+    expected = []
+    for number in (3, 1, 2):
+        records = [{**PAIR, "prompt": f"{number}"}]
+        names.append(write(tmp_path / f"part-{number}.jsonl", records))
+        expected.append(records[0])
+    names.append(str(tmp_path / "more.csv"))
+    write_bytes(tmp_path / "more.csv", b"prompt,completion\nQ:, yes\n")
+    assert read_records(names, "train") == [*expected, SUPERVISED]
+    assert read_records(names, "test") == []
+    in_order = [expected[1], expected[2], expected[0]]
+    assert read_records(str(tmp_path / "part-*.jsonl"), "train") == in_order
+    assert read_records([names[3], str(tmp_path / "part-[12].jsonl")], "train") == [
+        SUPERVISED,
+        *in_order[:2],
+    ]
+
+
+def test_several_names_that_are_not_all_files(tmp_path):
+    data = write(tmp_path / "train.jsonl", [PAIR])
+    for other in (str(tmp_path / "no.jsonl"), str(tmp_path), "toy"):
+        assert f"--data {other}: is not a file" in error_of([data, other])
+    assert "no file has such a name" in error_of(tmp_path / "part-*.jsonl")
+
+
+def test_toy_has_both_splits():
+    train_records = read_records("toy", "train")
+    test_records = read_records("toy", "test")
+    assert len(train_records) > len(test_records) > 0
+    for record in train_records + test_records:
+        assert record.keys() >= {"prompt", "chosen", "rejected"}
+    train_prompts = {record["prompt"] for record in train_records}
+    assert train_prompts.isdisjoint(record["prompt"] for record in test_records)
+
+
+def test_archangel_is_in_the_cache(tmp_path, monkeypatch):
+    """test_data tries how archangel.data makes it there."""
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path))
+    write(tmp_path / "archangel" / "train.jsonl", [PAIR])
+    assert read_records("archangel", "train") == [PAIR]
+    assert read_records("archangel", "test") == []
+
+
+# ------------------------------------------------------------------- saved data sets, and the hub
+
+
+def test_saved_data_set(tmp_path):
+    datasets.Dataset.from_list([PAIR, PAIR]).save_to_disk(tmp_path / "saved")
+    assert read_records(str(tmp_path / "saved"), "train") == [PAIR, PAIR]
+    assert read_records(str(tmp_path / "saved"), "test") == []
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    assert read_records(str(file), "train") == [PAIR, PAIR]
+
+
+def split_named(name: str) -> datasets.Dataset:
+    """A data set whose prompts are the name of a split."""
+    return datasets.Dataset.from_list([{**PAIR, "prompt": name}])
+
+
+def prompts_of(data: str) -> dict[str, str]:
+    """The first prompt of each split that --data names."""
+    prompts = {}
+    for split, source in find_sources(data).items():
+        _, record, _ = next(iter_records(source))
+        prompts[split] = record["prompt"]
+    return prompts
+
+
+PAIRED_SPLITS = ["train_sft", "test_sft", "train_prefs", "test_prefs", "test"]
+
+
+def test_saved_splits(tmp_path):
+    """A split train_x is evaluated on test_x, others on test or validation."""
+    splits = {name: split_named(name) for name in ["validation", *PAIRED_SPLITS, "extra"]}
+    folder = str(tmp_path / "saved")
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    assert prompts_of(f"{folder}::train_prefs") == {"train": "train_prefs", "test": "test_prefs"}
+    assert prompts_of(f"{folder}::train_sft") == {"train": "train_sft", "test": "test_sft"}
+    assert prompts_of(f"{folder}::extra") == {"train": "extra", "test": "test"}
+    assert prompts_of(f"{folder}::test") == {"train": "test", "test": "validation"}
+    for data in (folder, f"{folder}::none"):
+        message = error_of(data)
+        assert "train_sft, test_sft, train_prefs, test_prefs, test, extra" in message
+        assert f"{folder}::validation" in message
+
+
+def test_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(path: str, config: str | None) -> datasets.DatasetDict:
+        asked.append((path, config))
+        names = ["train", "validation"] if config == "plain" else PAIRED_SPLITS
+        return datasets.DatasetDict({name: split_named(name) for name in names})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert prompts_of("owner/name:plain") == {"train": "train", "test": "validation"}
+    assert prompts_of("owner/name:plain:validation") == {"train": "validation"}
+    assert prompts_of("owner/name::train_sft") == {"train": "train_sft", "test": "test_sft"}
+    assert prompts_of("owner/name:other:train_prefs")["test"] == "test_prefs"
+    assert "owner/name::train_sft" in error_of("owner/name")
+    assert asked[:3] == [("owner/name", "plain")] * 2 + [("owner/name", None)]
+
+
+@pytest.mark.parametrize(
+    "name", ["owner/name", "name", "a:b:c", "https://host/file", "/no/folder", ":", "a b", "NAME:"]
+)
+def test_what_the_hub_does_not_give(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert error_of(name).startswith(f"--data {name}: ")
+
+
+# -------------------------------------------------------------------------------- JSON Lines
+
+
+def test_blank_lines(tmp_path):
+    """A byte order mark and Windows line ends are no part of a record."""
+    path = tmp_path / "records.jsonl"
+    text = f"{json.dumps(PAIR)}\r\n\r\n  \n{json.dumps(SUPERVISED)}"
+    path.write_bytes(codecs.BOM_UTF8 + text.encode())
+    assert read_records(str(path), "train") == [PAIR, SUPERVISED]
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+@pytest.mark.parametrize("name", ["records.jsonl", "records.jsonl.gz", "records.json"])
+def test_unicode_arrives_as_written(tmp_path, name, escaped):
+    text = 'naïve 東京 🦉 e\u0301 \u2028 \x85 \u00a0 \ufeff \x00 \r\n \t \\ " \U0010ffff'
+    record = {"prompt": text, "completion": text}
+    written = [record] if name == "records.json" else record
+    data = write(tmp_path / name, [json.dumps(written, ensure_ascii=escaped)])
+    assert read_records(data, "train") == [record]
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+TOO_DEEP_FOR_REPR = "[" * 900 + "]" * 900
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"prompt": "Q:", ', ""),
+        ("prompt: Q", ""),
+        ("{'prompt': 'Q'}", ""),
+        ('{"prompt": ' + DEEP + ', "completion": "c"}', ""),
+        ('{"prompt": ' + TOO_DEEP_FOR_REPR + ', "completion": "c"}', ""),
+        ('{"prompt": ' + "9" * 5000 + ', "completion": "c"}', ""),
+        ('{"prompt": "Q:", "completion": "a", "completion": "b"}', "twice"),
+        ("[]", "object"),
+        ('"text"', "object"),
+        ("null", "object"),
+        ("3", "object"),
+        ({}, "prompt, completion"),
+        ({"prompt": "Q:"}, "prompt, completion"),
+        ({"prompt": "Q:", "chosen": "a"}, "prompt, chosen, rejected"),
+        ({"prompt": "Q:", "Completion": "a"}, "prompt, completion"),
+        ({**PAIR, "rejected": None}, "has the columns chosen, prompt; needs"),
+        (
+            {"question": "Q:", "chosen": "a", "rejected": "b", "system": ""},  # Orca's
+            "has the columns chosen, question, rejected, system; needs {prompt, chosen, rejected}",
+        ),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, "{messages}"),  # ShareGPT's
+        ({**PAIR, "target": 3}, "target"),
+        ({**UNPAIRED, "label": 2}, "label"),
+        ({**UNPAIRED, "label": 0.5}, "label"),
+        ({**UNPAIRED, "label": "fine"}, "label"),
+        ({**UNPAIRED, "label": ""}, "label"),
+        ({**UNPAIRED, "label": float("nan")}, "label"),
+        ({**UNPAIRED, "label": None}, "label is null"),
+        ({**MESSAGES, "label": None}, "label is null"),
+        ({**UNPAIRED, "label": [1]}, "label"),
+        ({**PAIR, "system": "Be brief."}, "beginning of the prompt"),
+        ({**MESSAGES, "system": "Be brief."}, "first message"),
+        ({**PAIR, "tools": [SEARCH]}, "tools"),
+        ({**MESSAGES, "tools": "search"}, "tools is text, and not JSON"),
+        ({**MESSAGES, "tools": {"name": "search"}}, "tools must be a list"),
+        ({**MESSAGES, "tools": DEEP}, ""),
+        ({**MESSAGES, "chat_template_kwargs": [1]}, "chat_template_kwargs must be a dict"),
+        ({**SUPERVISED, "images": ["a.png"]}, "only text"),
+        ({**SUPERVISED, "prompt": None}, "prompt"),
+        ({**SUPERVISED, "prompt": 7}, "prompt must be text or a list of messages, not 7"),
+        ({**SUPERVISED, "prompt": ["Q:"]}, "prompt"),
+        ({**SUPERVISED, "prompt": []}, "prompt"),
+        ({**SUPERVISED, "prompt": [{"content": "Hi"}]}, "prompt"),
+        ({**SUPERVISED, "completion": {"text": "a\nb"}}, "completion"),
+        ({**PAIR, "chosen": True}, "chosen"),
+        ({"messages": [{"from": "human", "value": "Hi"}]}, "messages"),
+        ({"messages": [{"role": 3, "content": "Hi"}]}, "messages must be"),
+        ({"messages": "Hi"}, "messages must be a list, not text; save the data as JSON Lines"),
+    ],
+)
+def test_bad_record_is_named(tmp_path, line, said):
+    data = write(tmp_path / "records.jsonl", [PAIR, "", UNPAIRED, line, PAIR])
+    message = error_of(data)
+    assert names_line(message, data, 4)
+    assert said in message
+
+
+def test_bad_line_of_a_large_file_is_named(tmp_path):
+    """A reader that guesses a column's type from the first records would read 7 as "7"."""
+    lines = (json.dumps(PAIR) + "\n" * 20).encode() * 10_000  # most lines are blank
+    for last in ('{"broken', json.dumps({**PAIR, "chosen": 7})):
+        content = lines + last.encode() + b"\n" + json.dumps(PAIR).encode()
+        data = write_bytes(tmp_path / "records.jsonl", content)
+        message = error_of(data)
+        assert names_line(message, data, 200_001)
+    assert "chosen must be text or a list of messages, not 7" in message
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_other_encoding_is_named(tmp_path, encoding):
+    path = tmp_path / "records.jsonl"
+    line = json.dumps({**PAIR, "chosen": "café"}, ensure_ascii=False)
+    path.write_bytes(f"{json.dumps(PAIR)}\n".encode() + line.encode(encoding))
+    assert names_line(error_of(path), str(path), 2)
+
+
+def test_long_lines(tmp_path):
+    """Records of 1.5 MB are read. A line of 200 MB in a small file does not fill the memory."""
+    records = [{**PAIR, "chosen": f" {number}" + "é " * 500_000} for number in range(4)]
+    data = write(tmp_path / "long.jsonl.gz", records)
+    path = tmp_path / "endless.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(json.dumps(PAIR).encode() + b'\n{"prompt": "')
+        for _ in range(200):
+            file.write(b"a" * 10**6)
+
+    tracemalloc.start()
+    assert read_records(data, "train") == records
+    _, peak = tracemalloc.get_traced_memory()
+    assert peak < 10 * 1.5e6 * len(records)
+    tracemalloc.reset_peak()
+    message = error_of(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert names_line(message, str(path), 2)
+    assert peak < 150e6
+
+
+# --------------------------------------------------------------------------------- JSON arrays
+
+
+@pytest.mark.parametrize("before", ["", "\n \n\n", "\ufeff", "\ufeff\n", " "])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_array(tmp_path, before, indent):
+    text = before + json.dumps([PAIR, MESSAGES], indent=indent) + "\n"
+    data = write_bytes(tmp_path / "records.json", text.encode())
+    assert read_records(data, "train") == [PAIR, MESSAGES]
+
+
+def test_empty_json_array(tmp_path):
+    assert read_records(write(tmp_path / "records.json", [" [ ] "]), "train") == []
+
+
+def test_json_array_in_a_long_line(tmp_path, monkeypatch):
+    """It may be longer than a line of JSON Lines, and end within a character."""
+    monkeypatch.setattr(records_module, "MAX_LINE_BYTES", 64)
+    for length in (100, 101):
+        record = {**PAIR, "chosen": "é" * length, "rejected": "a"}
+        text = json.dumps([record, record], ensure_ascii=False)
+        data = write_bytes(tmp_path / "records.json", text.encode())
+        assert read_records(data, "train") == [record, record]
+
+
+GOOD = json.dumps(PAIR)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (f"[{GOOD},]", "in the array that begins in line 1"),
+        (f"[{GOOD}", "Expecting ',' or ']'"),
+        (f"[{GOOD[:-5]}", "in the array"),
+        (f"[{GOOD} {GOOD}]", "Expecting ',' or ']'"),
+        (f"[{GOOD}] {GOOD}", "nothing after the array"),
+        (f"[{GOOD}]\n[{GOOD}]", "nothing after the array"),
+        (f"\n\n[\n{GOOD},\n{GOOD[:-1]},\n{GOOD}]", "in the array that begins in line 3"),
+        (f"[[{GOOD}]]", "record 1: is not a JSON object"),
+        (f"[{GOOD}, null]", "record 2: is not a JSON object"),
+        (f"[{GOOD}, {{}}]", "record 2: has the columns none"),
+        ("[", ""),
+        ("[,]", ""),
+        (f"[{DEEP}]", ""),
+        ('[{"prompt": "Q:", "completion": "a", "completion": "b"}]', "twice"),
+        (f'{{"data": [{GOOD}]}}', "has the columns data"),
+        (json.dumps(PAIR, indent=2), "line 1"),
+        (f"{GOOD}\n[{GOOD}]", "line 2: is not a JSON object"),
+    ],
+)
+def test_bad_json_array_is_named(tmp_path, text, said):
+    data = write_bytes(tmp_path / "records.json", text.encode())
+    message = error_of(data)
+    assert data in message
+    assert said in message
+
+
+def test_bytes_in_a_json_array_are_named(tmp_path):
+    data = write_bytes(tmp_path / "records.json", b"[" + GOOD.encode() + b', "\xff"]')
+    assert data in error_of(data)
+
+
+# ---------------------------------------------------------------------------------------- CSV
+
+
+def test_csv(tmp_path):
+    """Quotes, commas and line ends in cells. "None", "007" and nothing stay what they are."""
+    text = (
+        'prompt,completion,label\n"a ""b"", c","x\ny",True\n\n007,None,0\nNA,,bad\n2020-01-01,3,1'
+    )
+    expected = [
+        {"prompt": 'a "b", c', "completion": "x\ny", "label": True},
+        {"prompt": "007", "completion": "None", "label": False},
+        {"prompt": "NA", "completion": "", "label": False},
+        {"prompt": "2020-01-01", "completion": "3", "label": True},
+    ]
+    assert read_records(write_bytes(tmp_path / "a.csv", text.encode()), "train") == expected
+    assert read_records(write_bytes(tmp_path / "a.csv.gz", text.encode()), "train") == expected
+    windows = codecs.BOM_UTF8 + text.replace("\n", "\r\n").encode()
+    expected[0]["completion"] = "x\r\ny"
+    assert read_records(write_bytes(tmp_path / "a.csv", windows), "train") == expected
+
+
+@pytest.mark.parametrize(
+    "text, number, said",
+    [
+        ("prompt,completion\na,b\na\n", 3, "has 1 cells, the header has 2"),
+        ('prompt,completion\n"a\n\na",b\na,b,c\n', 5, "has 3 cells"),
+        ('prompt,completion\na,"b\n', 2, "end"),
+        ('prompt,completion\na,"b"c\n', 2, ""),
+        ('prompt,completion,label\na,"b\nc",maybe\n', 2, "label"),
+        ("prompt,completion,label\na,b,\n", 2, "label"),
+        ("prompt;completion\na;b\n", 2, "has the columns prompt;completion"),
+    ],
+)
+def test_bad_csv_is_named(tmp_path, text, number, said):
+    data = write_bytes(tmp_path / "records.csv", text.encode())
+    message = error_of(data)
+    assert names_line(message, data, number)
+    assert said in message
+
+
+def test_header_with_a_name_twice(tmp_path):
+    data = write_bytes(tmp_path / "records.csv", b"prompt,prompt,completion\na,b,c\n")
+    assert "twice" in error_of(data)
+
+
+def test_csv_of_messages(tmp_path):
+    """Messages in a cell are text. test_tokens tries those in other columns."""
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(["messages"])
+    writer.writerow([json.dumps(MESSAGES["messages"])])
+    data = write_bytes(tmp_path / "records.csv", file.getvalue().encode())
+    message = error_of(data)
+    assert names_line(message, data, 2)
+    assert "JSON Lines or parquet" in message
+
+
+# ------------------------------------------------------------------------------ parquet and Arrow
+
+
+def labelled(names: list[str], codes: list[int | None]) -> datasets.Dataset:
+    """Unpaired records whose labels have names, as the datasets library keeps them."""
+    features = {
+        "prompt": datasets.Value("string"),
+        "completion": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=names),
+    }
+    columns = {"prompt": ["Q:"] * len(codes), "completion": [" yes"] * len(codes), "label": codes}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def saved_in_each_way(dataset: datasets.Dataset, folder: Path) -> list[str]:
+    """A data set as parquet, as an Arrow file and in a folder."""
+    dataset.to_parquet(folder / "records.parquet")
+    dataset.save_to_disk(folder / "saved")
+    (arrow,) = (folder / "saved").glob("*.arrow")
+    return [str(folder / "records.parquet"), str(arrow), str(folder / "saved")]
+
+
+def test_parquet_of_all_formats(tmp_path):
+    """Arrow gives every message the fields that any message has. Those that are null are left out.
+
+    The same holds for columns.
+    """
+    call = {"type": "function", "function": {"name": "search", "arguments": '{"what": "pots"}'}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "none", "name": "search"},
+        HELLO,
+    ]
+    records = [
+        PAIR,
+        UNPAIRED,
+        SUPERVISED,
+        {"messages": messages, "tools": [SEARCH]},
+        {**MESSAGES, "chat_template_kwargs": {"thinking": True}},
+    ]
+    for number, record in enumerate(records):
+        path = tmp_path / f"{number}.parquet"
+        datasets.Dataset.from_list([record, record]).to_parquet(path)
+        assert read_records(str(path), "train") == [record, record]
+    del records[1]  # its label would be null in the others
+    columns = set().union(*records)
+    rows = [{**dict.fromkeys(columns), **record} for record in records]
+    for data in saved_in_each_way(datasets.Dataset.from_list(rows), tmp_path):
+        assert read_records(data, "train") == records
+
+
+def test_names_of_labels(tmp_path):
+    """Alphabetical codes make 0 of "desirable"."""
+    expected = [{**UNPAIRED, "label": True}, {**UNPAIRED, "label": False}]
+    for data in saved_in_each_way(labelled(["desirable", "undesirable"], [0, 1]), tmp_path):
+        assert read_records(data, "train") == expected
+
+
+@pytest.mark.parametrize(
+    "names, codes, said",
+    [
+        (["negative", "positive"], [1, 0], "'positive'"),
+        (["bad", "good"], [1, -1], "label is null"),  # -1 stands for no label
+        (["bad", "good"], [1, None], "label is null"),
+    ],
+)
+def test_names_of_labels_that_are_refused(tmp_path, names, codes, said):
+    for data in saved_in_each_way(labelled(names, codes), tmp_path):
+        message = error_of(data)
+        assert said in message
+        assert "record" in message
+
+
+def test_file_of_pyarrow(tmp_path):
+    """Without the notes that the datasets library adds; with text in types of other programs."""
+    text = pa.array(["Q:", "Q:"], pa.large_string())
+    label = pa.array(["good", "bad"]).dictionary_encode()
+    table = pa.table({"prompt": text, "completion": text, "label": label})
+    pyarrow.parquet.write_table(table, tmp_path / "records.parquet")
+    record = {"prompt": "Q:", "completion": "Q:", "label": True}
+    assert read_records(str(tmp_path / "records.parquet"), "train") == [
+        record,
+        {**record, "label": False},
+    ]
+
+
+def test_cache_of_the_library_is_not_used(tmp_path, monkeypatch):
+    """It may be in a folder that cannot be written."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    (tmp_path / "data").mkdir()
+    pyarrow.parquet.write_table(pa.Table.from_pylist([PAIR]), tmp_path / "data" / "train.parquet")
+    for data in (tmp_path / "data", tmp_path / "data" / "train.parquet"):
+        assert read_records(str(data), "train") == [PAIR]
+
+
+def test_damaged_parquet_is_named(tmp_path):
+    datasets.Dataset.from_list([PAIR]).to_parquet(tmp_path / "good.parquet")
+    content = (tmp_path / "good.parquet").read_bytes()
+    middle = content[:60] + b"\xff" * 20 + content[80:]
+    for damaged in (b"", content[:-50], content[50:], middle, b"PAR1"):
+        data = write_bytes(tmp_path / "records.parquet", damaged)
+        assert data in error_of(data)
+    (tmp_path / "records.parquet.gz").write_bytes(gzip.compress(content))
+    assert "records.parquet.gz" in error_of(tmp_path / "records.parquet.gz")
+
+
+def test_damaged_folder_is_named(tmp_path):
+    datasets.Dataset.from_list([PAIR]).save_to_disk(tmp_path / "good")
+    for number, kept in enumerate([0, 300]):
+        folder = tmp_path / f"damaged_{number}"
+        shutil.copytree(tmp_path / "good", folder)
+        (file,) = folder.glob("*.arrow")
+        file.write_bytes(file.read_bytes()[:kept])
+        assert str(folder) in error_of(folder)
+        file.unlink()
+        assert str(folder) in error_of(folder)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    """Arrow files may hold them in columns of text."""
+    text = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    table = pa.table({"prompt": text, "completion": ["a"]})
+    for data in saved_in_each_way(datasets.Dataset(table), tmp_path):
+        assert data in error_of(data)
+
+
+# ------------------------------------------------------------------- missing and damaged files
+
+
+@pytest.mark.parametrize("name", ["nothing.jsonl", "nothing.csv", "nothing.parquet", "nothing"])
+def test_missing_file_is_named(tmp_path, name):
+    assert str(tmp_path / name) in error_of(tmp_path / name)
+
+
+def test_folder_without_train_is_named(tmp_path):
+    write(tmp_path / "test.jsonl", [PAIR])
+    message = error_of(tmp_path)
+    assert "has the splits test" in message
+    assert f"{tmp_path}::test" in message
+    assert read_records(f"{tmp_path}::test", "train") == [PAIR]
+
+
+def test_folder_without_data_is_named(tmp_path):
+    assert str(tmp_path) in error_of(tmp_path)
+    (tmp_path / "notes.pdf").write_text("Pairs.")
+    assert str(tmp_path) in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["records.txt", "records.tsv", "records", "records.jsonl.zst"])
+def test_other_file_names_those_that_are_read(tmp_path, name):
+    (tmp_path / name).write_text("Q: yes\n")
+    message = error_of(tmp_path / name)
+    assert str(tmp_path / name) in message
+    assert ".jsonl, .json, .csv, .parquet, .arrow" in message
 
 
 def write_compressed(tmp_path: Path) -> Path:
@@ -331,36 +796,6 @@ def test_wrong_suffix_is_named(tmp_path):
     assert str(compressed) in error_of(compressed)
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_other_encoding_is_named(tmp_path, encoding):
-    path = tmp_path / "records.jsonl"
-    line = json.dumps({**PAIR, "chosen": "café"}, ensure_ascii=False)
-    path.write_bytes(f"{json.dumps(PAIR)}\n".encode() + line.encode(encoding))
-    assert names_line(error_of(path), str(path), 2)
-
-
-def test_long_lines(tmp_path):
-    """Records of 1.5 MB are read. A line of 200 MB in a small file does not fill the memory."""
-    records = [{**PAIR, "chosen": f" {number}" + "é " * 500_000} for number in range(4)]
-    data = write(tmp_path / "long.jsonl.gz", records)
-    path = tmp_path / "endless.jsonl.gz"
-    with gzip.open(path, "wb", compresslevel=1) as file:
-        file.write(json.dumps(PAIR).encode() + b'\n{"prompt": "')
-        for _ in range(200):
-            file.write(b"a" * 10**6)
-
-    tracemalloc.start()
-    assert read_split(data, "train", ["preference"]) == records
-    _, peak = tracemalloc.get_traced_memory()
-    assert peak < 10 * 1.5e6 * len(records)
-    tracemalloc.reset_peak()
-    message = error_of(path)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert names_line(message, str(path), 2)
-    assert peak < 150e6
-
-
 # ----------------------------------------------------------------------------------- any bytes
 
 ANY_JSON = st.recursive(
@@ -371,16 +806,40 @@ ANY_JSON = st.recursive(
     max_leaves=5,
 )
 COLUMN_NAMES = st.sampled_from(
-    ["prompt", "chosen", "rejected", "completion", "label", "target", "Prompt", ""]
+    [
+        "prompt",
+        "chosen",
+        "rejected",
+        "completion",
+        "label",
+        "target",
+        "messages",
+        "tools",
+        "system",
+        "Prompt",
+        "",
+    ]
+)
+TEXTS = st.text(max_size=6)
+SOME_MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", ""]), "content": TEXTS}),
+    max_size=3,
 )
 
 
 def records_like(record: dict) -> st.SearchStrategy[dict]:
-    """Records with the columns of this one, and perhaps others; some texts are empty."""
+    """Records with the columns of this one, and perhaps others."""
     columns = {}
     for column in record:
-        columns[column] = st.booleans() if column == "label" else st.text(max_size=6)
-    others = {"target": st.text(max_size=6), "other": ANY_JSON}
+        if column == "label":
+            columns[column] = st.booleans() | st.sampled_from(["bad", "1.0", "x", None])
+        elif column == "messages":
+            columns[column] = SOME_MESSAGES
+        else:
+            columns[column] = TEXTS | TEXTS | SOME_MESSAGES
+    others = {"target": TEXTS, "other": ANY_JSON, "messages": SOME_MESSAGES}
+    for column in record:
+        others.pop(column, None)
     return st.fixed_dictionaries(columns, optional=others)
 
 
@@ -389,7 +848,7 @@ def nested(depth: int) -> str:
     return json.dumps(SUPERVISED)[:-1] + ', "other": ' + "[" * depth + "]" * depth + "}"
 
 
-GOOD_RECORDS = records_like(PAIR) | records_like(UNPAIRED) | records_like(SUPERVISED)
+GOOD_RECORDS = st.sampled_from([PAIR, UNPAIRED, SUPERVISED, MESSAGES]).flatmap(records_like)
 SURROGATES = st.text(st.characters(categories=["Cs", "Ll"]), max_size=3)
 REPEATED_COLUMNS = st.sampled_from(
     [
@@ -405,14 +864,11 @@ LINES = st.one_of(
     st.dictionaries(COLUMN_NAMES, ANY_JSON | SURROGATES, max_size=6).map(json.dumps),
     ANY_JSON.map(json.dumps),
     st.text(max_size=10).filter(lambda text: text.strip() and not {*text} & {*"\r\n\ufeff"}),
-    st.sampled_from(["", " ", "{", "{}", "nul", '{"prompt"']),
+    st.sampled_from(["", " ", "{", "{}", "nul", '{"prompt"', "[", "]"]),
     REPEATED_COLUMNS,
     st.sampled_from([1, 20, 400, 3000, 50_000]).map(nested),  # Python reads up to about 900
 )
 BYTES = st.lists(st.sampled_from(b'\x00 "\\,:{}[]a0\n\x80\xc3\xff'), max_size=3).map(bytes)
-SOME_FORMATS = st.tuples(st.permutations(ALL_FORMATS), st.integers(1, 3)).map(
-    lambda drawn: drawn[0][: drawn[1]]
-)
 
 
 def refuse_repeated_columns(columns: list[tuple[str, object]]) -> dict:
@@ -422,425 +878,151 @@ def refuse_repeated_columns(columns: list[tuple[str, object]]) -> dict:
     return dict(columns)
 
 
-def should_read(line: str, formats: list[str]) -> dict | None:
-    """The record that a line holds, or None if the line is malformed: the contract, spelled out."""
+def parse(text: str) -> object:
+    """A JSON value. Raises ValueError."""
     try:
-        record = json.loads(line, object_pairs_hook=refuse_repeated_columns)
-    except (ValueError, RecursionError):
-        return None
+        return json.loads(text, object_pairs_hook=refuse_repeated_columns)
+    except RecursionError:
+        raise ValueError from None
+
+
+def should_hold(text: str) -> list[dict]:
+    """The records that a file should hold. Raises ValueError if it is malformed."""
+    lines = text.split("\n")
+    while lines and not lines[0].strip():
+        del lines[0]
+    if lines and lines[0].strip().startswith("["):
+        values = parse("\n".join(lines).strip())
+        if not isinstance(values, list):
+            raise ValueError
+    else:
+        values = [parse(line.strip()) for line in lines if line.strip()]
+    return [should_read(value) for value in values]
+
+
+def should_read(record: object) -> dict:
+    """The record that a value holds: the contract, spelled out. Raises ValueError."""
     if not isinstance(record, dict):
-        return None
-    fitting = [name for name in formats if set(RECORDS[name]) <= set(record)]
-    if not fitting:
-        return None
+        raise ValueError
+    given = {column for column, value in record.items() if value is not None}
+    dialogues = 0
+    for column in ("chosen", "rejected"):
+        value = record.get(column)
+        if isinstance(value, list) or (isinstance(value, str) and "\n\nAssistant:" in value):
+            dialogues += 1
+    if given >= {"chosen", "rejected"} and ("prompt" in given or dialogues == 2):
+        columns = ["prompt", "chosen", "rejected", "target"]
+    elif given >= {"prompt", "completion"} and not given >= {"chosen", "rejected"}:
+        columns = ["prompt", "completion", "label"]
+    elif isinstance(record.get("completion"), list) and not given >= {"chosen", "rejected"}:
+        columns = ["completion", "label"]
+    elif "messages" in given and not given >= {"chosen", "rejected"} and "completion" not in given:
+        columns = ["messages", "label"]
+    else:
+        raise ValueError
+    if "label" in columns and "label" in record and "label" not in given:
+        raise ValueError
+    if record.get("system"):
+        raise ValueError
     kept = {}
-    for column, value in record.items():
-        if column == "target" or column in RECORDS[fitting[0]]:
-            kept[column] = value
-    for column, value in kept.items():
-        if column == "label":
-            if isinstance(value, str):
-                value = value.strip().lower()
-            if value in ("true", "1", "1.0", "yes", "good", "chosen", "desirable"):
-                value = True
-            if value in ("false", "0", "0.0", "no", "bad", "rejected", "undesirable"):
-                value = False
-            if not isinstance(value, bool | int | float) or value not in (0, 1):
-                return None
-            kept["label"] = value == 1
-        elif type(value) is not str:
-            return None
-        elif any("\ud800" <= character <= "\udfff" for character in value):
-            return None
-        elif column != "prompt" and value.strip() == "":
-            return None
+    for column in columns:
+        if column in given:
+            kept[column] = should_convert(column, record[column])
+    if record.get("tools"):
+        raise ValueError  # no list or string that is made up here holds tools
     return kept
 
 
+def should_convert(column: str, value: object) -> object:
+    """The value of a column. Raises ValueError."""
+    if column == "label":
+        if isinstance(value, str):
+            value = value.strip().lower()
+        if value in ("true", "1", "1.0", "yes", "good", "chosen", "desirable"):
+            value = True
+        if value in ("false", "0", "0.0", "no", "bad", "rejected", "undesirable"):
+            value = False
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise ValueError
+        return value == 1
+    if isinstance(value, str) and column != "messages":
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError
+    for message in value:
+        if not isinstance(message, dict) or not message.get("role"):
+            raise ValueError
+    return value
+
+
+LONG = bool(os.environ.get("HALOS_LONG"))
+
+
 @settings(
-    max_examples=2000 if os.environ.get("HALOS_LONG") else 200,
+    max_examples=2000 if LONG else 200,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     lines=st.lists(LINES, max_size=4),
-    line_end=st.sampled_from(["\n", "\n", "\r\n"]),
+    separator=st.sampled_from(["\n", "\n", "\r\n", "array"]),
     overwritten=st.tuples(st.integers(0, 200), BYTES) | st.none(),
-    suffix=st.sampled_from([".jsonl", ".jsonl.gz"]),
+    name=st.sampled_from(["records.jsonl", "records.jsonl.gz", "records.json"]),
     missing=st.integers(0, 60) | st.just(0),
-    formats=SOME_FORMATS,
 )
-def test_any_file_gives_records_or_one_line(
-    tmp_path, lines, line_end, overwritten, suffix, missing, formats
-):
-    content = line_end.join(lines).encode()
+def test_any_file_gives_records_or_one_line(tmp_path, lines, separator, overwritten, name, missing):
+    content = separator.join(lines).encode()
+    if separator == "array":
+        content = f"[{', '.join(lines)}]".encode()
     if overwritten is not None:
         place, damage = overwritten
         content = content[:place] + damage + content[place + len(damage) :]
+    expected = None
     try:
-        whole_lines = content.decode("utf-8-sig").split("\n")
-        expected = [should_read(line, formats) for line in whole_lines if line.strip()]
-    except UnicodeDecodeError:
-        expected = []
+        expected = should_hold(content.decode("utf-8-sig"))
+    except ValueError:  # also bytes that are no text
+        pass
 
-    path = tmp_path / f"records{suffix}"
+    path = tmp_path / name
     written = content
-    if suffix == ".jsonl.gz":  # the last bytes of a compressed file may be missing
+    if name.endswith(".gz"):  # the last bytes of a compressed file may be missing
         written = gzip.compress(content)
         written = written[: max(0, len(written) - missing)]
-    else:
-        missing = 0
+        if missing:
+            expected = None if written else []
     path.write_bytes(written)
-    if expected and None not in expected and missing == 0:
-        assert read_split(str(path), "train", formats) == expected
+    if expected is None:
+        assert str(path) in error_of(path)
     else:
-        assert str(path) in error_of(path, formats)
+        assert read_records(str(path), "train") == expected
 
 
-# -------------------------------------------------------------------------- records to token ids
+CELLS = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 
 
-@functools.cache
-def toy_tokenizer():
-    return AutoTokenizer.from_pretrained(TOY / "model")
-
-
-def limits(
-    max_length: int = 12, max_prompt_length: int = 4, truncate_prompt: str = "start"
-) -> SimpleNamespace:
-    """The settings that tokenize reads."""
-    return SimpleNamespace(
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        truncate_prompt=truncate_prompt,
-    )
-
-
-def as_lists(record: TokenizedRecord) -> tuple[list[int], list[list[int]]]:
-    """The prompt's and the completions' ids."""
-    for ids in [record.prompt_ids, *record.completions_ids]:
-        assert isinstance(ids, np.ndarray)
-        assert ids.ndim == 1
-        assert ids.dtype == np.int32
-    return record.prompt_ids.tolist(), [ids.tolist() for ids in record.completions_ids]
-
-
-def tokenize_one(
-    prompt: list[int], completions: list[list[int]], config, add_bos: bool = False
-) -> TokenizedRecord:
-    """The record whose texts encode as these ids."""
-    text = (words(*prompt), [words(*ids) for ids in completions])
-    (record,) = tokenize([text], word_tokenizer(add_bos), config)
-    return record
-
-
-def test_tokenize_the_toy():
-    tokenizer = toy_tokenizer()
-    record = read_split("toy", "train", ["preference"])[0]
-    completions = [record["chosen"], record["rejected"]]
-    (tokenized,) = tokenize([(record["prompt"], completions)], tokenizer, limits(500, 250))
-    prompt_ids, completions_ids = as_lists(tokenized)
-    assert prompt_ids == tokenizer(record["prompt"])["input_ids"]
-    for completion, ids in zip(completions, completions_ids):
-        assert ids == tokenizer(completion)["input_ids"] + [tokenizer.eos_token_id]
-        assert tokenizer.decode(prompt_ids + ids[:-1]) == record["prompt"] + completion
-
-
-@functools.cache
-def space_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """A tokenizer that puts a space before every text.
-
-    metaspace: as SentencePiece does, in a pre-tokenizer. prepend: as Llama 2's, in a normalizer.
-    """
-    texts = []
-    for record in [*golden_cases.toy_records(200), *hh_records()]:
-        texts += [record["prompt"], record["chosen"], record["rejected"]]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    if kind == "metaspace":
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-        tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    else:
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<unk>", "</s>"],
-        initial_alphabet=sorted(set("".join(texts)) | set("▁\n#+:")),
-        max_token_length=8,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
-
-
-def hh_records() -> list[dict]:
-    """50 records of Anthropic HH."""
-    return [json.loads(line) for line in (golden_cases.FOLDER / "hh.jsonl").open()]
-
-
-def assert_exact(tokenizer, texts: list[tuple[str, list[str]]]) -> None:
-    """Prompt ids are the tokenizer's own; prompt and completion ids decode to the text."""
-    for (prompt, completions), tokenized in zip(texts, tokenize(texts, tokenizer, limits(9999, 9))):
-        prompt_ids, completions_ids = as_lists(tokenized)
-        assert prompt_ids == tokenizer(prompt)["input_ids"]
-        for completion, ids in zip(completions, completions_ids):
-            assert ids[-1] == tokenizer.eos_token_id
-            assert tokenizer.decode(prompt_ids + ids[:-1]) == prompt + completion
-
-
-TOKENIZERS = ["bytes", "metaspace", "prepend"]
-
-
-def tokenizer_of(kind: str):
-    return toy_tokenizer() if kind == "bytes" else space_tokenizer(kind)
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_tokenize_decodes_to_the_text(kind):
-    """Also where a token would span the border, and where the completion begins without a space."""
-    tokenizer = tokenizer_of(kind)
-    texts = [
-        ("### Answer\n", ["The tin bowl is grey."]),
-        ("return ", ["x + 1"]),
-        ("the co", ["lour"]),
-        ("the tin bo", ["wl is grey", "w", " wl"]),
-        ("The tin bowl", [" is grey.", "\nis grey.", "  is grey."]),
-    ]
-    for record in hh_records():
-        texts.append((record["prompt"], [record["chosen"], record["rejected"]]))
-    assert_exact(tokenizer, texts)
-
-
-TEXTS = st.text(st.sampled_from("theco lurwn\n.:?H"), min_size=1, max_size=12)
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-@given(prompt=TEXTS.filter(lambda text: text[0] != " "), completion=TEXTS)
-def test_tokenize_decodes_to_any_text(kind, prompt, completion):
-    """Metaspace drops a space at the beginning of a text, so none is there."""
-    assert_exact(tokenizer_of(kind), [(prompt, [completion])])
-
-
-def test_spanning_token_is_not_used():
-    """The prompt's ids do not depend on the completion."""
-    tokenizer = toy_tokenizer()
-    (tokenized,) = tokenize([("the co", ["lour"])], tokenizer, limits(100, 50))
-    prompt_ids, (completion_ids,) = as_lists(tokenized)
-    assert prompt_ids + completion_ids[:-1] != tokenizer("the colour")["input_ids"]
-
-
-def test_text_of_a_special_token_is_that_token(capsys):
-    """As people who write a template by themselves expect it. One line says how many there are."""
-    tokenizer = toy_tokenizer()
-    eos = tokenizer.eos_token_id
-    with_eos = f"a{tokenizer.eos_token}b"
-    texts = [(with_eos, [with_eos, "b"]), ("a", ["b"])]
-    first, second = tokenize(texts, tokenizer, limits(200, 100))
-    (a, b) = tokenizer("ab")["input_ids"]
-    assert as_lists(first) == ([a, eos, b], [[a, eos, b, eos], [b, eos]])
-    assert as_lists(second) == ([a], [[b, eos]])
-    assert "1 of 2 records hold the text of a special token" in capsys.readouterr().err
-    tokenize(texts[1:], tokenizer, limits(200, 100))
-    assert capsys.readouterr().err == ""
-
-
-def test_special_tokens_come_once():
-    """What the text has at its beginning or end is not added again."""
-    tokenizer = word_tokenizer(add_bos=True)
-    texts = [("<s> " + words(20), [" " + words(40) + " </s>", " " + words(40)])]
-    (tokenized,) = tokenize(texts, tokenizer, limits())
-    assert as_lists(tokenized) == ([0, 20], [[40, 1], [40, 1]])
-
-
-def test_border_that_cannot_be_resolved():
-    """A tokenizer for which every token depends on all of the text."""
-
-    def encode_whole(texts, add_special_tokens=False, verbose=False):
-        return {"input_ids": [[100 + len(text)] * 2 for text in texts]}
-
-    with pytest.raises(UserError, match="completion 'a b': cannot be encoded apart"):
-        split_completion(encode_whole, [103, 103], [106, 106], "a b")
-
-
-def test_tokenize_keeps_the_order():
-    texts = []
-    expected = []
-    for number in range(2500):  # more than one chunk
-        prompt_id = 10 + number % 90
-        completion_id = 11 + number % 80
-        num_completions = 1 + number % 3
-        texts.append((words(prompt_id), [words(completion_id)] * num_completions))
-        expected.append(([prompt_id], [[completion_id, 1]] * num_completions))
-    tokenized = tokenize(texts, word_tokenizer(), limits())
-    assert [as_lists(record) for record in tokenized] == expected
-    assert tokenize([], word_tokenizer(), limits()) == []
-
-
-def test_padding_token_that_is_the_eos_token():
-    for pad_token in ("</s>", "<pad>"):
-        tokenizer = word_tokenizer(pad_token=pad_token)
-        (record,) = tokenize([(words(20), [words(40, 41), words(50)])], tokenizer, limits())
-        assert as_lists(record) == ([20], [[40, 41, 1], [50, 1]])
-
-
-def test_bos_comes_once_and_stays():
-    record = tokenize_one([20, 21], [[40]], limits(), add_bos=True)
-    assert as_lists(record) == ([0, 20, 21], [[40, 1]])
-    prompt = list(range(20, 30))
-    completion = list(range(40, 47))
-    long_completion = list(range(40, 70))
-    for truncate_prompt, kept in (("start", [27, 28, 29]), ("end", [20, 21, 22])):
-        # Bos counts: 1 + 3 tokens of the prompt and 8 of the completion make 12.
-        config = limits(12, 2, truncate_prompt)
-        record = tokenize_one(prompt, [completion], config, add_bos=True)
-        assert as_lists(record) == ([0, *kept], [[*completion, 1]])
-        config = limits(12, 1, truncate_prompt)
-        record = tokenize_one(prompt, [long_completion], config, add_bos=True)
-        assert as_lists(record) == ([0], [long_completion[:11]])
-
-
-def test_bos_that_the_tokenizer_does_not_add():
-    assert word_tokenizer().bos_token_id == 0
-    assert as_lists(tokenize_one([20, 21], [[40]], limits())) == ([20, 21], [[40, 1]])
-
-
-def test_empty_prompt():
-    """Bos or eos stands in its place, to predict the first completion token from."""
-    long_completion = list(range(40, 60))
-    for add_bos, stand_in in ((False, 1), (True, 0)):
-        record = tokenize_one([], [[40]], limits(), add_bos)
-        assert as_lists(record) == ([stand_in], [[40, 1]])
-        assert not record.was_cut
-        record = tokenize_one([], [long_completion], limits(12, 4), add_bos)
-        assert as_lists(record) == ([stand_in], [long_completion[:11]])
-        assert record.was_cut
-
-
-def test_no_completion_becomes_empty():
-    prompt = list(range(20, 40))
-    record = tokenize_one(prompt, [[40, 41], [50, 51, 52]], limits(2, 1))
-    assert as_lists(record) == ([39], [[40], [50]])
-    record = tokenize_one(prompt, [[40]], limits(2, 1), add_bos=True)
-    assert as_lists(record) == ([0], [[40]])
-    assert as_lists(tokenize_one([], [[40]], limits(2, 1))) == ([1], [[40]])
-    (record,) = tokenize([(words(20), [" "])], word_tokenizer(), limits())
-    assert as_lists(record) == ([20], [[1]])  # a text without a token
-
-
-# -------------------------------------------------------------------------------------- cutting
-
-
-def cut(
-    prompt: list[int], completions: list[list[int]], config, bos_ids: list[int] | None = None
-) -> TokenizedRecord:
-    """cut_to_length of completions that do not have their end-of-sequence token, 1, yet."""
-    return cut_to_length(prompt, [[*ids, 1] for ids in completions], bos_ids or [], [1], config)
-
-
-def test_cut_keeps_what_fits():
-    """Even if the prompt is above its own limit."""
-    prompt = list(range(20, 30))
-    record = cut(prompt, [[40]], limits(12, 4))
-    assert as_lists(record) == (prompt, [[40, 1]])
-    assert not record.was_cut
-
-
-@pytest.mark.parametrize(
-    "truncate_prompt, kept", [("start", [22, 23, 24, 25]), ("end", [20, 21, 22, 23])]
+@settings(
+    max_examples=2000 if LONG else 200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_cut_prompt_first(truncate_prompt, kept):
-    """By as few tokens as needed: of 6 + 8 tokens, 12 may stay."""
-    completion = list(range(40, 47))
-    record = cut(list(range(20, 26)), [completion], limits(12, 3, truncate_prompt))
-    assert as_lists(record) == (kept, [[*completion, 1]])
-    assert record.was_cut
-
-
-@pytest.mark.parametrize("truncate_prompt, kept", [("start", [25, 26]), ("end", [20, 21])])
-def test_cut_prompt_to_its_limit_then_completion(truncate_prompt, kept):
-    record = cut(list(range(20, 27)), [list(range(40, 60))], limits(8, 2, truncate_prompt))
-    assert as_lists(record) == (kept, [list(range(40, 46))])
-    assert record.was_cut
-
-
-def test_cut_leaves_a_prompt_below_its_limit():
-    record = cut([20, 21], [list(range(40, 60))], limits(8, 4))
-    assert as_lists(record) == ([20, 21], [list(range(40, 46))])
-    assert record.was_cut
-
-
-def test_cut_drops_the_eos_token():
-    """4 + 4 of 8 tokens fit. One token more leaves no room for the end."""
-    prompt = [20, 21, 22, 23]
-    record = cut(prompt, [[40, 41, 42]], limits(8, 4))
-    assert as_lists(record) == (prompt, [[40, 41, 42, 1]])
-    assert not record.was_cut
-    record = cut(prompt, [[40, 41, 42, 43]], limits(8, 4))
-    assert as_lists(record) == (prompt, [[40, 41, 42, 43]])
-    assert record.was_cut
-
-
-def test_cut_for_the_longest_completion():
-    """Both completions have the same prompt, in either order."""
-    prompt = list(range(20, 26))
-    long = list(range(40, 47))
-    record = cut(prompt, [long, [50]], limits(12, 3))
-    assert as_lists(record) == ([22, 23, 24, 25], [[*long, 1], [50, 1]])
-    record = cut(prompt, [[50], long], limits(12, 3))
-    assert as_lists(record) == ([22, 23, 24, 25], [[50, 1], [*long, 1]])
-    too_long = list(range(40, 60))
-    record = cut(prompt, [[50], too_long], limits(12, 3))
-    assert as_lists(record) == ([23, 24, 25], [[50, 1], too_long[:9]])
-    assert record.was_cut
-
-
-LENGTHS = st.integers(0, 24)
-
-
-@st.composite
-def some_limits(draw) -> SimpleNamespace:
-    max_length = draw(st.integers(2, 30))
-    max_prompt_length = draw(st.integers(1, max_length - 1))
-    return limits(max_length, max_prompt_length, draw(st.sampled_from(["start", "end"])))
-
-
-@settings(max_examples=300)
 @given(
-    prompt_length=LENGTHS,
-    lengths=st.lists(LENGTHS.filter(bool), min_size=1, max_size=3),
-    config=some_limits(),
-    add_bos=st.booleans(),
+    rows=st.lists(st.tuples(CELLS, CELLS | st.sampled_from(["None", "007", "nan"])), max_size=3),
+    end=st.sampled_from(["\n", "\r\n"]),
+    overwritten=st.tuples(st.integers(0, 80), BYTES) | st.none(),
 )
-def test_cut_at_any_length(prompt_length, lengths, config, add_bos):
-    prompt = list(range(10, 10 + prompt_length))
-    completions = []
-    for number, length in enumerate(lengths):
-        start = 40 + 20 * number
-        completions.append(list(range(start, start + length)))
-    record = tokenize_one(prompt, completions, config, add_bos)
-    prompt_ids, completions_ids = as_lists(record)
-
-    prefix = []  # what stands before the prompt's own tokens
-    if add_bos:
-        prefix = [0]
-    elif not prompt:
-        prefix = [1]  # stands in for an empty prompt
-    whole_length = len(prefix) + len(prompt)
-    longest = max(lengths) + 1
-    # The prompt is whole if all fits, else as long as there is room, but not below its limit.
-    room = max(config.max_prompt_length, config.max_length - longest)
-    assert len(prompt_ids) == min(whole_length, room) >= 1
-    num_kept = len(prompt_ids) - len(prefix)
-    kept = prompt[:num_kept]
-    if config.truncate_prompt == "start":
-        kept = prompt[len(prompt) - num_kept :]
-    assert prompt_ids == prefix + kept
-
-    assert len(completions_ids) == len(completions)
-    for ids, completion in zip(completions_ids, completions):
-        assert ids == [*completion, 1][: config.max_length - len(prompt_ids)]
-        assert len(ids) >= 1
-    assert record.was_cut == (whole_length + longest > config.max_length)
+def test_any_csv_gives_records_or_one_line(tmp_path, rows, end, overwritten):
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator=end, quoting=csv.QUOTE_ALL)
+    writer.writerow(["prompt", "completion"])
+    writer.writerows(rows)
+    content = file.getvalue().encode()
+    path = tmp_path / "records.csv"
+    path.write_bytes(content)
+    expected = [{"prompt": prompt, "completion": completion} for prompt, completion in rows]
+    assert read_records(str(path), "train") == expected
+    if overwritten is not None:
+        place, damage = overwritten
+        path.write_bytes(content[:place] + damage + content[place + len(damage) :])
+        try:
+            for record in read_records(str(path), "train"):
+                assert record.keys() == {"prompt", "completion"}
+        except UserError as error:
+            assert str(path) in str(error)

@@ -17,6 +17,7 @@ import kto
 import ppo_offline
 import sft
 import slic
+from archangel.tokens import TokenizedRecords, tokenize
 
 SEEDS = st.integers(0, 2**31)
 
@@ -210,26 +211,31 @@ UNPAIRED = [
 ]
 
 
+def tokenized(records: list[dict]) -> TokenizedRecords:
+    """Records whose texts are of words()."""
+    return tokenize(records, word_tokenizer())
+
+
 def ids_of(example: common.Example) -> tuple[list[int], list[list[int]]]:
     return example.prompt_ids.tolist(), [ids.tolist() for ids in example.completions_ids]
 
 
 def test_dpo_make_examples():
-    examples = dpo.make_examples(PAIRS, word_tokenizer(), dpo_config())
+    examples = dpo.make_examples(tokenized(PAIRS), dpo_config())
     assert [ids_of(example) for example in examples] == [
         ([20, 21], [[30, 1], [31, 32, 1]]),
         ([22], [[33, 34, 35, 1], [36, 1]]),
         ([20, 21], [[37, 1], [38, 1]]),
     ]
-    assert examples.record_number == [0, 1, 2]
-    assert examples.prompt_number == [0, 1, 0]
+    assert list(examples.record_number) == [0, 1, 2]
+    assert list(examples.prompt_number) == [0, 1, 0]
     assert examples.desirable == [None] * 3
     assert examples.was_cut == [False] * 3
 
 
 def test_kto_make_examples():
-    """A pair makes a desirable and an undesirable example, which share one prompt_ids object."""
-    examples = kto.make_examples(PAIRS + UNPAIRED, word_tokenizer(), kto_config())
+    """A pair makes a desirable and an undesirable example, of one record and one prompt."""
+    examples = kto.make_examples(tokenized(PAIRS + UNPAIRED), kto_config())
     assert [ids_of(example) for example in examples] == [
         ([20, 21], [[30, 1]]),
         ([20, 21], [[31, 32, 1]]),
@@ -240,20 +246,18 @@ def test_kto_make_examples():
         ([22], [[39, 1]]),
         ([23], [[40, 1]]),
     ]
-    assert examples.record_number == [0, 0, 1, 1, 2, 2, 3, 4]
-    assert examples.prompt_number == [0, 0, 1, 1, 0, 0, 1, 2]
+    assert list(examples.record_number) == [0, 0, 1, 1, 2, 2, 3, 4]
+    assert list(examples.prompt_number) == [0, 0, 1, 1, 0, 0, 1, 2]
     assert examples.desirable == [True, False, True, False, True, False, False, True]
     assert examples.was_cut == [False] * 8
-    for index in (0, 2, 4):
-        assert examples[index].prompt_ids is examples[index + 1].prompt_ids
     assert examples.mismatched is None
 
 
 def test_ppo_make_examples():
     """As KTO's."""
     config = ppo_offline.Config(model="toy")
-    ours = ppo_offline.make_examples(PAIRS + UNPAIRED, word_tokenizer(), config)
-    theirs = kto.make_examples(PAIRS + UNPAIRED, word_tokenizer(), kto_config())
+    ours = ppo_offline.make_examples(tokenized(PAIRS + UNPAIRED), config)
+    theirs = kto.make_examples(tokenized(PAIRS + UNPAIRED), kto_config())
     assert [ids_of(example) for example in ours] == [ids_of(example) for example in theirs]
     assert ours.record_number == theirs.record_number
     assert ours.desirable == theirs.desirable
@@ -266,7 +270,7 @@ def test_slic_make_examples():
         {**PAIRS[1], "target": PAIRS[1]["chosen"]},
         {**PAIRS[2], "target": words(41, 42)},
     ]
-    examples = slic.make_examples(records, word_tokenizer(), slic.Config(model="toy"))
+    examples = slic.make_examples(tokenized(records), slic.Config(model="toy"))
     assert [ids_of(example) for example in examples] == [
         ([20, 21], [[30, 1], [31, 32, 1]]),
         ([22], [[33, 34, 35, 1], [36, 1]]),
@@ -302,7 +306,7 @@ def test_sft_make_examples():
         {"prompt": words(24), "completion": words(43)},
         {"prompt": words(24), "completion": words(43)},
     ]
-    examples = sft.make_examples(records, word_tokenizer(), sft.Config(model="toy"))
+    examples = sft.make_examples(tokenized(records), sft.Config(model="toy"))
     assert [ids_of(example) for example in examples] == [
         ([20, 21], [[30, 1]]),
         ([22], [[33, 34, 35, 1]]),
@@ -313,20 +317,18 @@ def test_sft_make_examples():
         ([24], [[43, 1]]),
         ([24], [[43, 1]]),
     ]
-
-
-def test_sft_refuses_undesirable_records():
-    config = sft.Config(model="toy", data="data.jsonl")
-    examples = sft.make_examples(UNPAIRED[:1], word_tokenizer(), config)
-    with pytest.raises(common.UserError, match="data.jsonl: every label is False"):
-        sft.make_schedule(examples, config)
+    assert list(examples.record_number) == [0, 1, 2, 3, 5, 7, 8, 9]
+    assert examples.left_out == {
+        "the same target of the same prompt again": {"records": 1, "first": "record 5"},
+        "undesirable": {"records": 1, "first": "record 7"},
+    }
 
 
 @pytest.mark.parametrize("script", [dpo, kto, ppo_offline, slic])
 def test_make_examples_says_what_was_cut(script):
     """With their longest completions, the pairs have 5, 5 and 4 tokens, of which 4 may stay."""
     config = script.Config(model="toy", max_length=4, max_prompt_length=2)
-    examples = script.make_examples(PAIRS, word_tokenizer(), config)
+    examples = script.make_examples(tokenized(PAIRS), config)
     was_cut = dict(zip(examples.record_number, examples.was_cut))
     assert was_cut == {0: True, 1: True, 2: False}
     assert len(set(zip(examples.record_number, examples.was_cut))) == 3
@@ -347,13 +349,13 @@ def prompts_and_lengths(draw) -> list[tuple[int, int, int]]:
 
 
 def examples_with_prompts(drawn: list[tuple[int, int, int]]) -> common.Examples:
-    """Examples whose completions are full of their own index."""
-    examples = common.Examples()
+    """Examples whose completions begin with 10 + their own index, and end with token 1."""
+    records = []
     for index, (number, prompt_length, completion_length) in enumerate(drawn):
-        prompt_ids = np.full(prompt_length, number, dtype=np.int32)
-        completion_ids = np.full(completion_length, index, dtype=np.int32)
-        examples.append(common.Example(prompt_ids, [completion_ids]), record_number=100 + index)
-    return examples
+        prompt = words(*[10 + number] * prompt_length)
+        completion = words(*[10 + index] * completion_length)
+        records.append({"prompt": prompt, "completion": completion, "label": True})
+    return kto.make_examples(tokenized(records), kto_config(max_length=12, max_prompt_length=11))
 
 
 @given(drawn=prompts_and_lengths(), seed=SEEDS)
@@ -364,18 +366,19 @@ def test_draw_mismatched(drawn, seed):
     assert len(mismatched) == len(examples)
     assert mismatched.record_number == examples.record_number
     for index, example in enumerate(mismatched):
-        assert example.prompt_ids is examples[index].prompt_ids
+        prompt_ids = examples[index].prompt_ids.tolist()
+        assert example.prompt_ids.tolist() == prompt_ids
         (completion_ids,) = example.completions_ids
-        other = completion_ids[0]
+        other = completion_ids[0] - 10
         assert examples.prompt_number[other] != examples.prompt_number[index]
-        (other_ids,) = examples[other].completions_ids
-        room = 12 - len(example.prompt_ids)
-        assert completion_ids.tolist() == other_ids[:room].tolist()
-        assert len(completion_ids) >= 1
+        _, _, other_length = drawn[other]
+        whole = [10 + other] * other_length + [1]
+        assert completion_ids.tolist() == whole[: 12 - len(prompt_ids)]
+        assert mismatched.length[index] == len(prompt_ids) + len(completion_ids)
 
 
 def mismatched_completions(examples: common.Examples, seed: int) -> list[int]:
-    """Which example each mismatched completion is of."""
+    """The first token of each mismatched completion, which says of which example it is."""
     mismatched = kto.draw_mismatched(examples, kto_config(seed=seed))
     return [example.completions_ids[0][0] for example in mismatched]
 
@@ -400,15 +403,15 @@ def test_draw_mismatched_refuses_one_prompt():
 def test_make_examples_draws_mismatched():
     """Once, and only for --kl mismatched. Both examples of a pair keep their pair and prompt."""
     config = kto_config(kl="mismatched")
-    examples = kto.make_examples(PAIRS + UNPAIRED, word_tokenizer(), config)
+    examples = kto.make_examples(tokenized(PAIRS + UNPAIRED), config)
     mismatched = examples.mismatched
     assert mismatched.record_number == examples.record_number
     for index, example in enumerate(mismatched):
-        assert example.prompt_ids is examples[index].prompt_ids
+        assert example.prompt_ids.tolist() == examples[index].prompt_ids.tolist()
     expected = kto.draw_mismatched(examples, config)
     assert [ids_of(each) for each in mismatched] == [ids_of(each) for each in expected]
     for kl in ("other_half", "zero"):
-        examples = kto.make_examples(PAIRS, word_tokenizer(), kto_config(kl=kl))
+        examples = kto.make_examples(tokenized(PAIRS), kto_config(kl=kl))
         assert examples.mismatched is None
 
 
@@ -480,7 +483,7 @@ def test_reference_point_has_no_gradient(kl):
         config=SimpleNamespace(micro_batch_tokens=5),
     )
     config = kto_config(kl=kl)
-    examples = kto.make_examples(PAIRS, word_tokenizer(), kto_config(kl="mismatched"))
+    examples = kto.make_examples(tokenized(PAIRS), kto_config(kl="mismatched"))
     for its_examples in (examples, examples.mismatched):
         its_examples.reference_logps = np.ones(its_examples.offsets[-1])
     assert [examples.desirable[index] for index in (3, 0, 4)] == [False, True, True]
@@ -504,12 +507,12 @@ def test_reference_point_has_no_gradient(kl):
 
 def test_evaluation_of_the_reference_model():
     """Without a policy there is no forward pass: all log-ratios are 0."""
-    examples = kto.make_examples(PAIRS, word_tokenizer(), kto_config())
+    examples = kto.make_examples(tokenized(PAIRS), kto_config())
     metrics = kto.evaluate(None, examples, kto_config(kl="mismatched"), RUN)
     assert metrics["eval_loss"] == 0.5
     assert metrics["eval_kl"] == metrics["eval_reward_margin"] == 0
     assert metrics["eval_reward_accuracy"] == 0.5
-    examples = dpo.make_examples(PAIRS[:2], word_tokenizer(), dpo_config())
+    examples = dpo.make_examples(tokenized(PAIRS[:2]), dpo_config())
     metrics = dpo.evaluate(None, examples, dpo_config(), RUN)
     assert metrics["eval_loss"] == pytest.approx(math.log(2))
     assert metrics["eval_reward_margin"] == 0

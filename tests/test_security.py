@@ -2,6 +2,7 @@
 
 import ast
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from helpers import (
     write_records,
     write_toy_folder,
 )
+from transformers import AutoTokenizer
 
 import common
 from archangel import sample
+from archangel.tokens import tokenize
 
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("archangel/**/*.py"), *ROOT.glob("notebooks/**/*.ipynb")]
 # Modules that load code or start it, and calls that run what they are given.
@@ -236,3 +239,45 @@ def test_records_name_no_files(tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+CHAT_TEMPLATE = """
+{%- for message in messages -%}
+[{{ message["role"] }}]{{ message["content"] }}{{ eos_token }}
+{%- endfor -%}
+{%- if add_generation_prompt -%} [assistant] {%- endif -%}
+"""
+
+
+def test_records_bring_no_template():
+    """Template code in a message stays text, and a record's options name no template."""
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    messages = [
+        {"role": "user", "content": "{{ 7 * 7 }}"},
+        {"role": "assistant", "content": "{% raw %}"},
+    ]
+    own = {"messages": messages, "chat_template_kwargs": {"chat_template": "{{ 7 * 7 }}"}}
+    records = tokenize([{"messages": messages}, own], tokenizer)
+    assert len(records) == 1
+    end = tokenizer.eos_token
+    prompt = tokenizer.decode(records.read(0, "prompt"))
+    assert prompt == f"[user]{{{{ 7 * 7 }}}}{end}[assistant]"
+    assert tokenizer.decode(records.read(0, "completion")) == f"{{% raw %}}{end}"
+    (reason,) = records.counts["left_out"]
+    assert "chat_template_kwargs holds chat_template" in reason
+
+
+def test_program_in_a_folder_of_data(tmp_path, trap):
+    """It is not run: neither where old versions of `datasets` looked for it, nor a pickle."""
+    sprung, program = trap
+    folder = tmp_path / "data"
+    folder.mkdir()
+    data = write_toy_folder(folder, train=8)
+    (folder / "other.py").write_text(program)
+    (folder / "train.pkl").write_bytes(pickle.dumps(Spring(program)))
+    train_here("dpo", tmp_path / "run", data=data, **BASE)
+    (folder / "data.py").write_text(program)
+    with pytest.raises(common.UserError, match="data.py"):
+        train_here("dpo", tmp_path / "refused", data=data, **BASE)
+    assert not sprung.exists()

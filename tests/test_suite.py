@@ -24,10 +24,11 @@ import kto
 import ppo_offline
 import sft
 import slic
-from archangel import claims, figures, judge, results, sample, statistics, suite, toy
+from archangel import claims, figures, judge, kto_variants, results, sample, statistics, suite, toy
 from archangel.errors import Interrupted, UserError
-from archangel.records import read_split
+from archangel.records import read_records
 from archangel.run import MODELS, find_model, load_tokenizer, parse_args
+from archangel.tokens import tokenize
 
 LOSSES = {"sft": sft, "slic": slic, "dpo": dpo, "ppo": ppo_offline, "kto": kto}
 MODULES = {f"{module.__name__}.py": module for module in LOSSES.values()}
@@ -59,7 +60,12 @@ def trainings(monkeypatch, *words: str) -> dict[str, tuple]:
     """Output folder to (module, Config), of every trainer's command."""
     runs = {}
     for command in commands(*words):
-        if "-m" not in command:
+        if "archangel.kto_variants" in command:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", command[2:])
+                config = parse_args(kto_variants.Config, "")
+            runs[config.out] = (kto_variants, config)
+        elif "-m" not in command:
             module, config = trainer_settings(command, monkeypatch)
             runs[config.out] = (module, config)
     return runs
@@ -100,11 +106,10 @@ def test_sampling():
 
 def test_order_of_data(monkeypatch):
     """The paired losses and SFT see the same data in the same order; so do the unpaired losses."""
-    records = read_split("toy", "train", ("preference",))[:200]
-    tokenizer = load_tokenizer(find_model("toy"))
+    records = tokenize(read_records("toy", "train")[:200], load_tokenizer(find_model("toy")))
     seen = {}  # (kind, seed) to list of (module, examples of nine steps)
     for module, config in trainings(monkeypatch, "--out", "o", "--seeds", "2").values():
-        examples = module.make_examples(records, tokenizer, config)
+        examples = module.make_examples(records, config)
         config = dataclasses.replace(config, max_steps=9)
         tokens = []  # (prompt ids, completions ids)
         for batch in module.make_schedule(examples, config):
@@ -173,6 +178,7 @@ def test_ablations(monkeypatch):
         "sft+dpo": runs["o/toy/from_sft_seed_1/dpo"][1],
         "kto": runs["o/toy/from_base/kto_seed_1"][1],
     }
+    defaults = kto_variants.Config(model="toy")
     args = suite.parse(["--out", "o"])
     for title, arms in suite.ABLATIONS.items():
         variants = [arm.variant for arm in arms.values()]
@@ -181,9 +187,13 @@ def test_ablations(monkeypatch):
             _, config = runs[str(suite.folder(args, "toy", arm, 1))]
             changed = set()
             for name, value in vars(config).items():
-                if name != "out" and value != getattr(unchanged[arm.method], name):
+                default = getattr(defaults, name, None)
+                if name != "out" and value != getattr(unchanged[arm.method], name, default):
                     changed.add(name)
-            assert len(changed) == (1 if arm.variant else 0), (title, changed)
+            if arm.is_own_loop:
+                assert changed <= {"attached", "group_size"}
+            else:
+                assert len(changed) == (1 if arm.variant else 0), (title, changed)
 
 
 @pytest.mark.parametrize(
@@ -230,10 +240,10 @@ def test_command_ends_with_status_2(module, tmp_path, monkeypatch, capsys):
 def test_write_data_few_desirable(tmp_path):
     args = parse("--experiment", "ablations", "--out", str(tmp_path))
     suite.write_data(args)
-    pairs = read_split("toy", "train", ("preference",))
+    pairs = read_records("toy", "train")
     desirable = []
     undesirable = []
-    for record in read_split(str(tmp_path / "data" / "few_desirable"), "train", ("unpaired",)):
+    for record in read_records(str(tmp_path / "data" / "few_desirable"), "train"):
         if record["label"]:
             desirable.append(record["completion"])
         else:
@@ -243,12 +253,56 @@ def test_write_data_few_desirable(tmp_path):
     assert undesirable == [pair["rejected"] for pair in pairs]
 
 
+def test_write_data_few_desirable_of_conversations(tmp_path):
+    """The completions have the tokens of the pairs that they are of, with the tools of a record."""
+    question = [{"role": "user", "content": "Is it in stock?"}]
+    pairs = []
+    for number in range(10):
+        answers = {}
+        for name in ("chosen", "rejected"):
+            answers[name] = [{"role": "assistant", "content": f"{name} {number}"}]
+        tools = [{"type": "function", "function": {"name": f"tool_{number}"}}]
+        pairs.append({"prompt": question, **answers, "tools": tools})
+    pairs[1]["rejected"][0]["content"] = ""  # left out
+    for name in ("chosen", "rejected"):
+        pairs[2][name] = pairs[2]["prompt"] + pairs[2][name]
+    del pairs[2]["prompt"]
+    data = write_records(tmp_path / "pairs.jsonl", pairs)
+    args = parse("--experiment", "ablations", "--out", str(tmp_path / "out"), "--data", str(data))
+    suite.write_data(args)
+    tokenizer = load_tokenizer(find_model("toy"))
+    tokenizer.chat_template = (
+        "{{ tools }}{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+    )
+    expected = tokenize(pairs, tokenizer)
+    written = read_records(str(tmp_path / "out" / "data" / "few_desirable"), "train")
+    found = tokenize(written, tokenizer)
+    assert len(expected) == 9
+    assert sorted(found.label) == [False] * 9 + [True]
+    number = -1  # of the pair
+    for place in range(len(found)):
+        if not found.label[place]:
+            number += 1
+        pair = number + 1 if found.label[place] else number  # a desirable one comes first
+        name = "chosen" if found.label[place] else "rejected"
+        for ours, theirs in (("prompt", "prompt"), ("completion", name)):
+            assert found.read(place, ours).tolist() == expected.read(pair, theirs).tolist()
+
+
+def test_write_data_few_desirable_needs_pairs(tmp_path):
+    record = {"prompt": "Hi", "completion": " Hello.", "label": True}
+    data = write_records(tmp_path / "records.jsonl", [record])
+    args = parse("--experiment", "ablations", "--out", str(tmp_path / "out"), "--data", str(data))
+    with pytest.raises(UserError, match="pairs"):
+        suite.write_data(args)
+
+
 def test_write_data_contradictory(tmp_path):
     args = parse("--experiment", "contradictory", "--out", str(tmp_path))
     suite.write_data(args)
     for majority in suite.MAJORITIES:
         folder = tmp_path / "data" / f"majority_{majority}"
-        records = read_split(str(folder), "train", dpo.FORMATS)
+        records = read_records(str(folder), "train")
         for prompt, preferred, other in suite.two_replies():
             chosen = []
             for record in records:
@@ -418,7 +472,7 @@ def table(seeds: int = 2, prompts: int = 400, **rates: float) -> claims.Table:
 
 def outcome(kind: str, wins: claims.Table, weights: dict) -> str:
     """Whether a claim holds."""
-    claim = claims.Claim("c", weights, kind)
+    claim = claims.Claim("c", "somebody", weights, kind)
     (record,) = claims.examine_all({"m": {"win": wins}}, {"m": [claim]})
     return record["here"]
 
@@ -498,7 +552,7 @@ def test_claims_of_contradictory_labels():
 def test_prompts_needed():
     """Those of a claim of equivalence follow from the variance of its contrast."""
     wins = table(seeds=1, prompts=2000, kto=0.5, dpo=0.5)
-    claim = claims.Claim("c", {"kto": 1.0, "dpo": -1.0}, "par")
+    claim = claims.Claim("c", "somebody", {"kto": 1.0, "dpo": -1.0}, "par")
     (record,) = claims.examine_all({"m": {"win": wins}}, {"m": [claim]})
     sd = np.std(wins["kto"][1] - wins["dpo"][1], ddof=1)
     needed = statistics.prompts_needed(sd)

@@ -1,9 +1,6 @@
-"""The trainers as programs: processes, memory limits, resuming, the reference pass, the export."""
+"""The trainers as programs: metrics, memory limits, the reference pass, the export."""
 
 import itertools
-import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +10,20 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from filelock import FileLock
 from helpers import (
     ROOT,
     TOY,
     assert_same_metrics,
-    assert_same_weights,
     change_json,
     command_here,
     copy_toy_model,
     error_line,
-    fork,
+    load_examples,
     metric,
     plain_logps,
     read_metrics,
+    read_record,
     run_forked,
-    tiny_model,
-    to_flags,
     train_here,
     write_records,
     write_toy_folder,
@@ -40,13 +34,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
-import dpo
 import kto
 import ppo_offline
 import sft
 from archangel import packed
 
-LONG = bool(os.environ.get("HALOS_LONG"))
 SCRIPTS = golden_cases.SCRIPTS
 WITH_REFERENCE = ["dpo", "ppo_offline", "kto"]
 BASE = {"model": "toy", "lr": 3e-4, "warmup_steps": 3, "max_steps": 6, "batch_size": 12}
@@ -83,29 +75,12 @@ def alone(data, tmp_path_factory):
     return run
 
 
-def stop_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
-    """Let a run in this process get SIGTERM in the step with this number."""
-    log = common.Run.log
-
-    def log_and_stop(run, number, metrics):
-        log(run, number, metrics)
-        if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    patch.setattr(common.Run, "log", log_and_stop)
-
-
-def read_record(out: Path) -> dict:
-    return json.loads((out / "run.json").read_text())
-
-
 def plain_log_ratios(model, examples: common.Examples) -> torch.Tensor:
     """log pi - log pi_ref (B,) by plain transformers; the reference model is the toy."""
     reference = AutoModelForCausalLM.from_pretrained(TOY / "model", dtype=model.dtype)
     log_ratios = []
     for example in examples:
-        ids = common.Example(example.prompt_ids.tolist(), [example.completions_ids[0].tolist()])
-        token_log_ratios = plain_logps(model, [ids]) - plain_logps(reference, [ids])
+        token_log_ratios = plain_logps(model, [example]) - plain_logps(reference, [example])
         log_ratios.append(token_log_ratios.sum())
     return torch.stack(log_ratios)
 
@@ -148,9 +123,7 @@ def test_kto_metrics(alone, data):
             reward = 0.1 * record[f"log_ratio_{label}"]
             assert record[f"reward_{label}"] == pytest.approx(reward, abs=1e-12)
     model = AutoModelForCausalLM.from_pretrained(alone("kto"), dtype=torch.float64)
-    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
-    _, test_records = common.load_records(data, kto.FORMATS)
-    examples = kto.make_examples(test_records, tokenizer, kto.Config(model="toy"))
+    _, examples = load_examples("kto", data=data)
     with torch.no_grad():
         desirable, undesirable = plain_log_ratios(model, examples).view(-1, 2).unbind(1)
     last = records[-1]
@@ -205,6 +178,36 @@ def test_unequal_classes(script, tmp_path):
     assert "eval_loss" not in records[-1]  # a single file: nothing is held out
 
 
+def test_records_that_are_left_out(tmp_path, capsys):
+    """They are counted, in lines and in run.json. The others are trained on."""
+    pairs = golden_cases.toy_records(11)
+    pairs[3]["chosen"] = " \n"
+    pairs[4]["prompt"] = "\ud800"
+    pairs[5]["rejected"] = ""
+    train = write_records(tmp_path / "train.jsonl", pairs)
+    test = write_records(tmp_path / "test.jsonl", pairs[4:8])
+    settings = {**BASE, "max_steps": 1, "batch_size": 4, "data": str(tmp_path)}
+    train_here("dpo", tmp_path / "run", **settings)
+    printed = capsys.readouterr().err
+    surrogate = "text with an unpaired surrogate, which is not Unicode"
+    for line in (
+        f"data: left out: an empty completion (2 records, the first is {train}, line 4)",
+        f"data: left out: {surrogate} (1 record, the first is {train}, line 5)",
+        f"held-out data: left out: {surrogate} (1 record, the first is {test}, line 1)",
+        f"data: {tmp_path}, 11 records, 3 left out; 8 examples; 2 held out",
+    ):
+        assert line in printed.splitlines()
+    found = read_record(tmp_path / "run")["data"]
+    assert found["train"]["left_out"] == {
+        "an empty completion": {"records": 2, "first": f"{train}, line 4"},
+        surrogate: {"records": 1, "first": f"{train}, line 5"},
+    }
+    numbers = [found["train"][name] for name in ("read", "used", "examples")]
+    assert numbers == [11, 8, 8]
+    numbers = [found["test"][name] for name in ("read", "used", "examples")]
+    assert numbers == [4, 2, 2]
+
+
 def test_warmup_longer_than_the_run(small_data, tmp_path, capsys):
     for warmup_steps in (2, 3):
         settings = {**BASE, "max_steps": 2, "warmup_steps": warmup_steps}
@@ -247,17 +250,12 @@ def test_sft_loss(data, tmp_path):
     """SFT's loss is the mean over all completion tokens of the global batch."""
     settings = {**BASE, "max_steps": 1, "micro_batch_tokens": 200, "data": data}
     record = train_here("sft", tmp_path / "run", **settings)[1]
-    config = sft.Config(**settings)
-    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
-    records, _ = common.load_records(data, sft.FORMATS)
-    examples = sft.make_examples(records, tokenizer, config)
+    examples, _ = load_examples("sft", **settings)
     model = AutoModelForCausalLM.from_pretrained(TOY / "model")
     logps = []
-    for index in sft.make_schedule(examples, config)[0]:
-        completions_ids = [ids.tolist() for ids in examples[index].completions_ids]
-        example = common.Example(examples[index].prompt_ids.tolist(), completions_ids)
+    for index in sft.make_schedule(examples, sft.Config(**settings))[0]:
         with torch.no_grad():
-            logps.append(plain_logps(model, [example]))
+            logps.append(plain_logps(model, [examples[index]]))
     logps = torch.cat(logps)
     assert record["tokens"] == len(logps)
     assert record["loss"] == pytest.approx(-logps.mean().item(), rel=1e-5)
@@ -299,255 +297,6 @@ def test_value_head_does_not_change_the_policy(data, tmp_path, monkeypatch):
         assert torch.equal(weight.double(), after[name]), name
 
 
-def test_values_before_training(small_data, tmp_path):
-    """They are 0 on one process and on two: every error of the critic is the return itself."""
-    settings = {**double("ppo_offline"), "max_steps": 1, "data": small_data}
-    settings |= {"gamma": 1.0, "gae_lambda": 1.0}  # each return is the reward, +1 or -1
-    for processes in (0, 2):
-        out = tmp_path / f"run{processes}"
-        run_forked("ppo_offline", out, processes=processes, **settings)
-        records = read_metrics(out)
-        assert records[0]["eval_critic_loss"] == pytest.approx(0.5, abs=1e-12)
-        assert records[1]["critic_loss"] == pytest.approx(0.5, abs=1e-12)
-
-
-# ------------------------------------------------------------------------------ several processes
-
-
-# Learns the phrase within a few steps, so that the reference point is positive.
-PHRASE = {**DOUBLE, "lr": 1e-4, "max_steps": 5, "batch_size": 10}
-PROCESS_CASES = [(script, None) for script in SCRIPTS if script != "kto"]
-PROCESS_CASES += [("kto", kl) for kl in ("other_half", "mismatched", "zero")]
-
-
-@pytest.mark.parametrize("script, kl", PROCESS_CASES)
-def test_processes(script, kl, tmp_path):
-    """One, two and four processes give the same metrics, with a positive reference point."""
-    settings = {**PHRASE, "data": golden_cases.write_data("phrase", tmp_path)}
-    if kl is not None:
-        settings["kl"] = kl
-    run_forked(script, tmp_path / "one", **settings)
-    # So few tokens at a time make several micro-batches.
-    run_forked(script, tmp_path / "two", processes=2, micro_batch_tokens=160, **settings)
-    more = {"activation_checkpointing": True}
-    run_forked(script, tmp_path / "four", processes=4, **settings, **more)
-    expected = read_metrics(tmp_path / "one")
-    for name in ("two", "four"):
-        assert_same_metrics(expected, read_metrics(tmp_path / name), 1e-12)
-    if kl is not None:
-        assert (metric(expected, "kl").max() > 1) == (kl != "zero")
-
-
-@pytest.mark.parametrize("script", SCRIPTS if LONG else ["kto"])
-def test_forty_steps_in_float32(script, data, tmp_path):
-    """Two processes with little memory stay together with one.
-
-    With the default warm-up: the first steps of RMSprop are the signs of the gradient, whatever its
-    size. With a short warm-up they turn rounding into steps, and two runs drift apart.
-    """
-    settings = {**BASE, "max_steps": 40, "warmup_steps": 150, "batch_size": 6, "data": data}
-    run_forked(script, tmp_path / "one", **settings)
-    run_forked(script, tmp_path / "two", processes=2, micro_batch_tokens=300, **settings)
-    one = metric(read_metrics(tmp_path / "one"), "loss")
-    two = metric(read_metrics(tmp_path / "two"), "loss")
-    torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
-
-
-def save_llama(folder: Path, head: str) -> str:
-    """A small Llama with the toy's tokenizer and generation settings of its own.
-
-    head: tied, or separate under a configuration that says tied, as some published models have it.
-    """
-    name = "llama_tied" if head == "tied" else "llama"
-    model = tiny_model(name, vocab_size=512, max_position_embeddings=2048)
-    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
-    model.generation_config.update(do_sample=True, top_p=0.5, eos_token_id=tokenizer.eos_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    change_json(folder / "config.json", tie_word_embeddings=True)
-    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) == (head == "separate")
-    return str(folder)
-
-
-@pytest.mark.parametrize("head", ["tied", "separate"])
-def test_processes_with_llama(head, small_data, tmp_path):
-    """Two processes export what one does. Rotary frequencies are in no file: they are sent."""
-    model = save_llama(tmp_path / "model", head)
-    settings = {**DOUBLE, "max_steps": 3, "model": model, "data": small_data}
-    outs = {"one": tmp_path / "one", "two": tmp_path / "two"}
-    run_forked("kto", outs["one"], **settings)
-    run_forked("kto", outs["two"], processes=2, **settings)
-    assert_same_metrics(read_metrics(outs["one"]), read_metrics(outs["two"]), 1e-12)
-    logps = {}
-    weights = {}
-    loaded = {}
-    for name, out in outs.items():
-        logps[name] = load_file(out / "reference_logps_train.safetensors")["logps"]
-        weights[name] = load_file(out / "model.safetensors")
-        loaded[name] = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64)
-    torch.testing.assert_close(logps["one"], logps["two"], rtol=1e-12, atol=1e-12, equal_nan=True)
-    assert weights["one"].keys() == weights["two"].keys()
-    assert ("lm_head.weight" in weights["two"]) == (head == "separate")
-    torch.testing.assert_close(weights["one"], weights["two"], rtol=1e-9, atol=1e-12)
-    for file in ("generation_config.json", "config.json", "tokenizer.json"):
-        assert (outs["one"] / file).read_text() == (outs["two"] / file).read_text()
-
-    input_ids = torch.arange(5, 40)[None]
-    with torch.no_grad():
-        hidden = loaded["two"].base_model(input_ids).last_hidden_state
-        logits = {name: model(input_ids).logits for name, model in loaded.items()}
-    head_name = "lm_head.weight" if head == "separate" else "model.embed_tokens.weight"
-    expected = hidden @ weights["two"][head_name].double().T
-    torch.testing.assert_close(logits["two"], expected)
-    torch.testing.assert_close(logits["one"], logits["two"], rtol=1e-9, atol=1e-9)
-    before = load_file(f"{model}/model.safetensors")
-    assert not torch.equal(weights["two"][head_name], before[head_name])
-
-
-def test_start_of_a_separate_head(small_data, tmp_path):
-    """Its log-probabilities are those of the model before its configuration was changed."""
-    model = save_llama(tmp_path / "model", "separate")
-    settings = {**DOUBLE, "max_steps": 1, "model": model, "data": small_data}
-    train_here("dpo", tmp_path / "run", **settings)
-    logps = load_file(tmp_path / "run" / "reference_logps_test.safetensors")["logps"]
-    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
-    saved = tiny_model("llama", torch.float64, vocab_size=512, max_position_embeddings=2048)
-    _, test_records = common.load_records(small_data, dpo.FORMATS)
-    examples = dpo.make_examples(test_records, tokenizer, dpo.Config(model="toy"))
-    plain_examples = []
-    for example in examples:
-        completions_ids = [ids.tolist() for ids in example.completions_ids]
-        plain_examples.append(common.Example(example.prompt_ids.tolist(), completions_ids))
-    with torch.no_grad():
-        torch.testing.assert_close(logps, plain_logps(saved, plain_examples), rtol=0, atol=1e-9)
-
-
-def test_activation_checkpointing_with_buffers(small_data, tmp_path):
-    """GPT-Neo has buffers in its layers, which are wrapped then."""
-    layers = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}
-    model = tiny_model("gpt_neo", vocab_size=512, max_position_embeddings=2048, **layers)
-    model.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "model")
-    settings = {**DOUBLE, "max_steps": 2, "model": tmp_path / "model", "data": small_data}
-    settings["activation_checkpointing"] = True
-    run_forked("dpo", tmp_path / "one", **settings)
-    run_forked("dpo", tmp_path / "two", processes=2, **settings)
-    assert_same_metrics(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), 1e-12)
-
-
-# --------------------------------------------------------------------------------------- resuming
-
-RESUME_CASES = [(script, "rmsprop") for script in SCRIPTS] + [("dpo", "adamw"), ("kto", "adamw")]
-
-
-@pytest.mark.parametrize("script, optimizer", RESUME_CASES)
-def test_resume_to_the_same_bits(script, optimizer, small_data, tmp_path, monkeypatch):
-    settings = {**BASE, "optimizer": optimizer, "eval_every": 2, "data": small_data}
-    straight = train_here(script, tmp_path / "straight", **settings)
-    with monkeypatch.context() as patch:
-        stop_in_step(patch, 3)
-        assert command_here(script, tmp_path / "resumed", **settings) == 75
-    assert not (tmp_path / "resumed" / "model.safetensors").exists()
-    first = read_metrics(tmp_path / "resumed")
-    for record in first:
-        record["seconds"] += 1000  # as if it had taken so long
-    write_records(tmp_path / "resumed" / "metrics.jsonl", first)
-    assert command_here(script, tmp_path / "resumed", resume=True, **settings) == 0
-    resumed = read_metrics(tmp_path / "resumed")
-    assert_same_weights(tmp_path / "straight", tmp_path / "resumed")
-    assert_same_metrics(straight, resumed, 0)
-    assert (metric(resumed, "seconds").diff() > 0).all()
-
-
-@pytest.mark.parametrize("first, second", [(2, 0), (0, 2)])
-def test_resume_on_other_processes(first, second, alone, data, tmp_path):
-    """A checkpoint of two processes is continued by one, and the other way round."""
-    settings = {**double("kto"), "data": data}
-    run_forked("kto", tmp_path / "run", processes=first, **{**settings, "max_steps": 3})
-    run_forked("kto", tmp_path / "run", processes=second, resume=True, **settings)
-    expected = read_metrics(alone("kto"))
-    assert_same_metrics(expected[4:], read_metrics(tmp_path / "run")[4:], 1e-12)
-
-
-def test_resume_refuses_changes(small_data, tmp_path, capsys):
-    out = tmp_path / "run"
-    model = copy_toy_model(tmp_path / "model")
-    settings = {**BASE, "max_steps": 2, "data": small_data, "model": model}
-    assert command_here("dpo", out, resume=True, **settings) == 0  # there is nothing yet: it starts
-    assert command_here("dpo", out, **settings) == 2
-    assert "not empty" in error_line(capsys.readouterr().err)
-    other_data = write_records(tmp_path / "other.jsonl", golden_cases.toy_records(21))
-    for name, change in {"--lr": {"lr": 1e-3}, "data_sha256": {"data": other_data}}.items():
-        assert command_here("dpo", out, resume=True, **{**settings, **change}) == 2
-        assert f"{name} changed" in error_line(capsys.readouterr().err)
-    assert command_here("kto", out, resume=True, **settings) == 2
-    assert "script" in error_line(capsys.readouterr().err)
-
-    before = (out / "model.safetensors").stat().st_mtime_ns
-    assert command_here("dpo", out, resume=True, **settings) == 0
-    assert "finished already" in capsys.readouterr().err
-    assert (out / "model.safetensors").stat().st_mtime_ns == before
-
-    # The same weights with another configuration are another model.
-    rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25}
-    change_json(tmp_path / "model" / "config.json", rope_parameters=rope)
-    assert command_here("dpo", out, resume=True, **settings) == 2
-    assert "model_sha256 changed" in error_line(capsys.readouterr().err)
-
-
-def test_resume_of_what_is_damaged(small_data, tmp_path, capsys):
-    out = tmp_path / "run"
-    settings = {**BASE, "max_steps": 4, "save_every": 2, "data": small_data}
-
-    def refused(**changes) -> str:
-        assert command_here("dpo", out, resume=True, **{**settings, **changes}) == 2
-        return error_line(capsys.readouterr().err)
-
-    train_here("dpo", out, **settings)
-    whole = (out / "run.json").read_text()
-    for damaged in ("", "[]", "{}", whole[:50], '{"settings": 3}'):
-        (out / "run.json").write_text(damaged)
-        assert "run.json: is damaged" in refused()
-    old = json.loads(whole)
-    del old["format"]  # as version 1 wrote it
-    (out / "run.json").write_text(json.dumps(old))
-    assert "earlier version" in refused()
-
-    (out / "run.json").write_text(whole)
-    change_json(out / "run.json", finished=False)
-    assert "has 4 steps already" in refused(max_steps=3)
-    with FileLock(out / "run.lock"):
-        assert "another run is writing there" in refused(max_steps=6)
-    for path in (out / "checkpoints" / "step_00000004").glob("*.distcp"):
-        path.write_bytes(path.read_bytes()[:1000])
-    assert "step_00000004: cannot be read" in refused(max_steps=6)
-
-
-def test_export_over_an_export(small_data, tmp_path):
-    """A tokenizer with several chat templates has a folder of them, which is replaced."""
-    model = copy_toy_model(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    tokenizer.save_pretrained(model)
-    settings = {**BASE, "max_steps": 1, "model": model, "data": small_data}
-    run_forked("dpo", tmp_path / "run", **settings)
-    assert (tmp_path / "run" / "additional_chat_templates").is_dir()
-    run_forked("dpo", tmp_path / "run", resume=True, **{**settings, "max_steps": 2})
-
-
-def test_record_after_resume(small_data, tmp_path, monkeypatch):
-    """What the first part of a run has found out stays in run.json."""
-    settings = {**BASE, "max_steps": 3, "data": small_data}
-    with monkeypatch.context() as patch:
-        stop_in_step(patch, 2)
-        assert command_here("dpo", tmp_path / "run", **settings) == 75
-    seconds = read_record(tmp_path / "run")["reference_seconds"]
-    assert command_here("dpo", tmp_path / "run", resume=True, **settings) == 0
-    record = read_record(tmp_path / "run")
-    assert record.get("reference_seconds") == seconds
-    assert "first_log_ratio_per_token" in record
-
-
 def test_not_finite_weights(small_data, tmp_path, capsys):
     out = tmp_path / "run"
     settings = {**BASE, "lr": 1e38, "warmup_steps": 0, "save_every": 1, "data": small_data}
@@ -560,22 +309,13 @@ def test_not_finite_weights(small_data, tmp_path, capsys):
 # ----------------------------------------------------------------------------- the reference model
 
 
-def load_examples(data: str, config: kto.Config) -> tuple[common.Examples, common.Examples]:
-    """KTO's training and held-out examples."""
-    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
-    examples = []
-    for records in common.load_records(data, kto.FORMATS):
-        examples.append(kto.make_examples(records, tokenizer, config))
-    return examples
-
-
-def check_reference(out: Path, config: kto.Config) -> int:
+def check_reference(out: Path, settings: dict) -> int:
     """The kept log-probabilities are those of the examples in the schedule, and nan elsewhere.
 
     Returns the number of examples that have them.
     """
-    train_set, test_set = load_examples(config.data, config)
-    used = set(itertools.chain(*kto.make_schedule(train_set, config)))
+    train_set, test_set = load_examples("kto", **settings)
+    used = set(itertools.chain(*kto.make_schedule(train_set, kto.Config(**settings))))
     assert len(used) < len(train_set)
     kept = load_file(out / "reference_logps_train.safetensors")
     sets = {"logps": train_set, "mismatched_logps": train_set.mismatched}
@@ -601,10 +341,10 @@ def test_reference_pass(small_data, tmp_path):
     straight = train_here("kto", tmp_path / "straight", **settings)
     first = {**settings, "max_steps": 2}
     train_here("kto", tmp_path / "resumed", **first)
-    few = check_reference(tmp_path / "resumed", kto.Config(**first))
+    few = check_reference(tmp_path / "resumed", first)
     assert read_record(tmp_path / "resumed")["reference_seconds"] > 0
     resumed = train_here("kto", tmp_path / "resumed", resume=True, **settings)
-    many = check_reference(tmp_path / "resumed", kto.Config(**settings))
+    many = check_reference(tmp_path / "resumed", settings)
     assert few < many
     assert read_record(tmp_path / "resumed")["reference_seconds"] > 0
     for record in (straight[2], resumed[2]):  # the first run ended there, and was evaluated
@@ -698,18 +438,3 @@ def test_weights_that_do_not_fit(small_data, tmp_path, capsys):
     model = copy_toy_model(tmp_path / "small_vocabulary", vocab_size=100)
     assert command_here("dpo", tmp_path / "small", **{**settings, "model": model}) == 2
     assert "more tokens than the model" in error_line(capsys.readouterr().err)
-
-
-def test_error_of_one_process(small_data, tmp_path):
-    """Both of two processes end with the line of the first one, which alone reads the weights."""
-    model = copy_toy_model(tmp_path / "model")
-    weights = load_file(f"{model}/model.safetensors")
-    del weights["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
-    save_file(weights, f"{model}/model.safetensors", metadata={"format": "pt"})
-    settings = {**BASE, "model": model, "data": small_data}
-    flags = ["--out", str(tmp_path / "run"), *to_flags(settings)]
-    for process in fork("dpo", [flags, flags]):
-        assert process.wait() == 2
-        assert "its weights lack gpt_neox.layers.1" in error_line(process.stderr)
-        assert "Traceback" not in process.stderr
-    assert not (tmp_path / "run").exists()

@@ -38,7 +38,7 @@ class Config:
     """
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
-    data: str = "archangel"  # archangel (HH, SHP, OASST), toy, a .jsonl or a folder of train, test
+    data: str | list[str] = "archangel"  # archangel, toy, files, a folder or a hub id; see below
     out: str = "runs/ipo"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
@@ -49,7 +49,7 @@ class Config:
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled down to this norm (HALOs)
     max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
-    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens (HALOs)
+    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens
     truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
     seed: int = 1  # determines the order of the data (HALOs)
     eval_every: int = 0  # steps between evaluations; 0: only before and after training
@@ -101,15 +101,11 @@ def ipo_loss(
 # --------------------------------------------------------------------------- records to examples
 
 
-def make_examples(records: list[dict], tokenizer, config: Config) -> common.Examples:
+def make_examples(records: common.TokenizedRecords, config: Config) -> common.Examples:
     """Records to examples: a prompt with two completions, chosen and rejected."""
-    texts = []
-    for record in records:
-        texts.append((record["prompt"], [record["chosen"], record["rejected"]]))
-    examples = common.Examples()
-    for tokenized in common.tokenize(texts, tokenizer, config):
-        example = common.Example(tokenized.prompt_ids, tokenized.completions_ids)
-        examples.append(example, was_cut=tokenized.was_cut)
+    examples = common.Examples(records, config)
+    for number in range(len(records)):
+        examples.add_record(number, [("chosen", "rejected")])
     return examples
 
 
@@ -194,11 +190,12 @@ def evaluate(
 def train(config: Config) -> None:
     """Train --model on --data into --out."""
     run = common.start_run(config)
-    records, test_records = common.load_records(config.data, FORMATS)
-    train_set = make_examples(records, run.tokenizer, config)
-    test_set = make_examples(test_records, run.tokenizer, config)
+    records, test_records = common.load_records(run, FORMATS)
+    train_set = make_examples(records, config)
+    test_set = make_examples(test_records, config)
+    run.check_examples(train_set, test_set)
     schedule = make_schedule(train_set, config)  # the example indices of every step
-    run.check_data(len(records), train_set, test_set, schedule)
+    run.check_run(train_set, test_set, schedule)
     if run.is_finished():
         return
 

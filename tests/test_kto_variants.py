@@ -1,0 +1,126 @@
+"""KTO's variants for the ablations: the plain one is kto.py, and the others are what they say."""
+
+import pytest
+import torch
+from helpers import assert_same_metrics, train_here, write_toy_folder
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kto
+from archangel import kto_variants
+from archangel.errors import UserError
+
+VARIANTS = "archangel.kto_variants"
+SETTINGS = {
+    "model": "toy",
+    "lr": 1e-4,
+    "warmup_steps": 2,
+    "max_steps": 4,
+    "dtype": "float64",
+}
+DESIRABLE = torch.tensor([True, True, True, True, False, False, False, False])  # as in a batch
+
+
+def make_config(**settings) -> kto_variants.Config:
+    return kto_variants.Config(model="toy", data="toy", **settings)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """A few records, none of them held out."""
+    return write_toy_folder(tmp_path_factory.mktemp("data"), 100)
+
+
+def test_without_a_variant_it_is_kto(tmp_path, data):
+    expected = train_here("kto", tmp_path / "kto", data=data, **SETTINGS)
+    ours = train_here(VARIANTS, tmp_path / "ours", data=data, **SETTINGS)
+    assert_same_metrics(ours, expected, 1e-12)
+
+
+def test_variants_train_differently(tmp_path, data):
+    """They begin as KTO does, since all log-ratios are 0 then."""
+    plain = train_here(VARIANTS, tmp_path / "plain", data=data, **SETTINGS)
+    for name, settings in (
+        ("attached", {"attached": True}),
+        ("groups", {"group_size": 4}),
+        ("both", {"attached": True, "group_size": 4}),
+    ):
+        metrics = train_here(VARIANTS, tmp_path / name, data=data, **SETTINGS, **settings)
+        assert metrics[0]["loss"] == plain[0]["loss"] == 0.5
+        assert metrics[-1]["loss"] != plain[-1]["loss"]
+
+
+def test_find_groups():
+    """A group has the first examples of both classes, and so on."""
+    groups = kto_variants.find_groups(DESIRABLE, 4)
+    assert groups.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert kto_variants.find_groups(DESIRABLE, 0).tolist() == [0] * 8
+    mixed = torch.tensor([True, False, False, True, True])
+    assert kto_variants.find_groups(mixed, 2).tolist() == [0, 0, 1, 1, 2]
+
+
+@given(st.lists(st.floats(-50, 50), min_size=8, max_size=8))
+def test_reference_points(values):
+    """Of one group they are kto.py's; of several, those of each group by itself."""
+    log_ratios = torch.tensor(values, dtype=torch.float64)
+    one_group = torch.zeros(8, dtype=torch.long)
+    points = kto_variants.reference_points(log_ratios, DESIRABLE, one_group)
+    assert torch.equal(points, kto.kl_from_other_half(log_ratios, DESIRABLE))
+    groups = kto_variants.find_groups(DESIRABLE, 4)
+    points = kto_variants.reference_points(log_ratios, DESIRABLE, groups)
+    for group in (0, 1):
+        own = groups == group
+        expected = kto.kl_from_other_half(log_ratios[own], DESIRABLE[own])
+        torch.testing.assert_close(points[own], expected)
+
+
+def test_reference_point_of_a_group_without_the_other_class():
+    log_ratios = torch.tensor([3.0, 5.0])
+    desirable = torch.tensor([True, True])
+    points = kto_variants.reference_points(log_ratios, desirable, torch.tensor([0, 0]))
+    assert points.tolist() == [0, 0]
+
+
+@given(st.lists(st.floats(-50, 50), min_size=8, max_size=8), st.floats(0.1, 3))
+def test_loss_with_a_constant_is_kto_loss(values, weight):
+    log_ratios = torch.tensor(values, dtype=torch.float64)
+    kl = kto.kl_from_other_half(log_ratios, DESIRABLE)
+    config = make_config(undesirable_weight=weight)
+    losses = kto_variants.attached_kto_loss(log_ratios, DESIRABLE, kl, config)
+    zeros = torch.zeros_like(log_ratios)
+    expected = kto.kto_loss(log_ratios, zeros, DESIRABLE, kl, undesirable_weight=weight)
+    torch.testing.assert_close(losses, expected)
+
+
+@given(st.lists(st.floats(1, 50), min_size=8, max_size=8))
+def test_attached_gradient_is_of_a_contrast(values):
+    """Where no mean is clamped, raising all log-ratios alike changes nothing."""
+    log_ratios = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    groups = kto_variants.find_groups(DESIRABLE, 4)
+    kl = kto_variants.reference_points(log_ratios, DESIRABLE, groups)
+    losses = kto_variants.attached_kto_loss(log_ratios, DESIRABLE, kl, make_config())
+    (gradient,) = torch.autograd.grad(losses.sum(), log_ratios)
+    for group in (0, 1):
+        assert gradient[groups == group].sum().abs() < 1e-12
+    detached = kto_variants.attached_kto_loss(log_ratios, DESIRABLE, kl.detach(), make_config())
+    (gradient,) = torch.autograd.grad(detached.sum(), log_ratios)
+    assert (gradient[DESIRABLE] < 0).all()
+    assert (gradient[~DESIRABLE] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": 3}, "--group_size 3"),
+        ({"group_size": 12}, "--group_size 12"),
+        ({"kl": "zero"}, "--kl zero"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(UserError, match=message):
+        make_config(**settings)
+
+
+def test_a_batch_must_fit(tmp_path, data):
+    with pytest.raises(UserError, match="--micro_batch_tokens 300"):
+        train_here(VARIANTS, tmp_path / "out", data=data, **SETTINGS, micro_batch_tokens=300)
