@@ -1,7 +1,7 @@
-"""The claims of the report, each a contrast with a test and a rule, fixed before any result.
+"""Claims of the report and of the KTO paper, each a contrast with a test and a rule for it.
 
-A contrast is a weighted sum of the means of several methods on the same prompts. There are three
-kinds of claims:
+The rules were fixed before any result. A contrast is a weighted sum of the means of several methods
+on the same prompts. There are three kinds of claims:
 
     above      holds if Wilcoxon's signed-rank test over prompts has p < 0.05, the 95% interval of
                the contrast lies above 0, and the contrast of every seed does too. It does not hold
@@ -33,6 +33,7 @@ class Claim:
     """A claim about a contrast of arms: the sum over arms of weight times mean."""
 
     text: str
+    source: str  # whose claim it is, and where
     weights: dict[str, float]  # arm to weight
     kind: str = "above"  # above, par, not below
     # win: win rate. tokens: of a reply. majority: the probability of the majority's reply, less 0.5
@@ -62,31 +63,37 @@ def contrast(weights: dict[str, float]) -> str:
     return " ".join(words)
 
 
+# Section 3.4 of the report is on the methods before KTO. Two of its claims are tested of KTO, too.
+LIKE_SECTION_3_4 = "not the report's: its 3.4, of KTO"
+
+
 def claims_of_report() -> list[Claim]:
     """The claims that need only the eight methods, in the report's order."""
+    sources = {"dpo": "report, 3.4", "ppo": "report, 3.4", "kto": LIKE_SECTION_3_4}
     claims = []
-    for loss in ("dpo", "ppo", "kto"):
+    for loss, source in sources.items():
         both = f"sft+{loss}"
         text = f"Most of the gain of {name_of(both)} comes from SFT"
-        claims.append(Claim(text, {"sft": 1.0, "base": -0.5, both: -0.5}))
-    claims.append(Claim("SFT shortens replies", {"base": 1.0, "sft": -1.0}, measure="tokens"))
-    for loss in ("dpo", "ppo", "kto"):
+        claims.append(Claim(text, source, {"sft": 1.0, "base": -0.5, both: -0.5}))
+    weights = {"base": 1.0, "sft": -1.0}
+    claims.append(Claim("SFT shortens replies", "report, 3.4", weights, measure="tokens"))
+    for loss, source in sources.items():
         both = f"sft+{loss}"
         text = f"{name_of(both)} adds little to SFT"
-        claims.append(Claim(text, {both: 1.0, "sft": -1.0}, "par"))
+        claims.append(Claim(text, source, {both: 1.0, "sft": -1.0}, "par"))
     for before in ("", "sft+"):
         ppo = f"{before}ppo"
         dpo = f"{before}dpo"
         text = f"Offline {name_of(ppo)} with dummy rewards is on a par with {name_of(dpo)}"
-        claims.append(Claim(text, {ppo: 1.0, dpo: -1.0}, "par"))
+        claims.append(Claim(text, "report, 3.4", {ppo: 1.0, dpo: -1.0}, "par"))
     for loss in ("ppo", "dpo"):
         text = f"{name_of(loss)} does better after SFT"
-        claims.append(Claim(text, {f"sft+{loss}": 1.0, loss: -1.0}))
-    claims += [
-        Claim("SFT+KTO is on a par with SFT+DPO", {"sft+kto": 1.0, "sft+dpo": -1.0}, "par"),
-        Claim("KTO alone beats DPO alone", {"kto": 1.0, "dpo": -1.0}),
-        Claim("KTO alone keeps up with SFT+KTO", {"kto": 1.0, "sft+kto": -1.0}, "not below"),
-    ]
+        claims.append(Claim(text, "report, 3.4", {f"sft+{loss}": 1.0, loss: -1.0}))
+    text = "SFT+KTO is on a par with SFT+DPO"
+    claims.append(Claim(text, "report, 5", {"sft+kto": 1.0, "sft+dpo": -1.0}, "par"))
+    claims.append(Claim("KTO alone beats DPO alone", "report, 5", {"kto": 1.0, "dpo": -1.0}))
+    text = "KTO alone keeps up with SFT+KTO"
+    claims.append(Claim(text, "report, 5", {"kto": 1.0, "sft+kto": -1.0}, "not below"))
     return claims
 
 
@@ -98,13 +105,16 @@ def claims_of_ablations(wins: Table) -> list[Claim]:
         if other_betas:
             best = max(other_betas, key=lambda arm: np.mean(list(wins[arm].values())))
             text = f"One beta suits both: {name_of(method)} at 0.1 keeps up with the best other"
-            claims.append(Claim(text, {method: 1.0, best: -1.0}, "not below"))
+            claims.append(Claim(text, "report, 6", {method: 1.0, best: -1.0}, "not below"))
     variants = {
-        "kto_batch_size_4": "KTO is stable at 4 examples a batch",
-        "kto_few_desirable": "KTO is stable with 90% of the desirable rows dropped",
+        "kto_batch_size_4": ("KTO is stable at 4 examples a batch", "report, 5"),
+        "kto_few_desirable": (
+            "KTO is stable with 90% of the desirable rows dropped",
+            "KTO paper",
+        ),
     }
-    for variant, text in variants.items():
-        claims.append(Claim(text, {variant: 1.0, "kto": -1.0}, "not below"))
+    for variant, (text, source) in variants.items():
+        claims.append(Claim(text, source, {variant: 1.0, "kto": -1.0}, "not below"))
     return claims
 
 
@@ -125,7 +135,7 @@ def claims_of_contradictory_labels(
                 side = "minority"
                 weight = -1.0
             text = f"With {majority:.0%} for one reply, {NAMES[loss]} sides with the {side}"
-            claims.append(Claim(text, {arm: weight}, "above", "majority"))
+            claims.append(Claim(text, "KTO paper", {arm: weight}, "above", "majority"))
     return claims
 
 
@@ -194,6 +204,7 @@ def examine(claim: Claim, table: Table) -> dict:
         p = statistics.not_below(mean_over_seeds, zeros)
     return {
         "claim": claim.text,
+        "source": claim.source,
         "contrast": contrast(claim.weights),
         "kind": claim.kind,
         "measure": claim.measure,

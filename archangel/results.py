@@ -326,13 +326,14 @@ def claims_table(records: Sequence[dict]) -> str:
             cell += f"; {record['prompts_needed']} prompts needed"
         first_columns = (
             record["claim"],
+            record["source"],
             record["contrast"],
             f"{record['test']}, {record['kind']}",
             str(record["prompts"]),
             str(len(record["by_seed"])),
         )
         cells.setdefault(first_columns, {})[record["model"]] = cell
-    head = ["claim", "contrast", "test", "prompts", "seeds", *models]
+    head = ["claim", "of", "contrast", "test", "prompts", "seeds", *models]
     rows = []
     for first_columns, cell_of_model in cells.items():
         rows.append([*first_columns, *(cell_of_model.get(model, "") for model in models)])
@@ -427,7 +428,7 @@ def report(numbers: dict, drawn: Sequence[tuple[str, str]], about: dict | None =
     if numbers["methods"]:
         parts += ["## Methods", methods_table(numbers["methods"])]
     if numbers["claims"]:
-        parts.append("## The report's claims, here")
+        parts.append("## The claims, here")
         if numbers["data"] == "toy":
             parts.append(CAUTION)
         parts += [

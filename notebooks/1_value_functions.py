@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Value functions
 #
-# *The report, section 4: equation (6), the three value functions under it, and Figure 4. Section 5
-# for KTO's.*
+# *The [report](https://github.com/ContextualAI/HALOs/blob/main/assets/report.pdf),
+# section 4: equation (6), the three value functions under it, and Figure 4. Section 5 for KTO's.*
 #
 # The report's claim is that a loss which learns from human feedback assumes, without saying so, how
 # people value an outcome. This notebook draws those assumptions from the functions that the

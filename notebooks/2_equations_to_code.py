@@ -11,7 +11,9 @@
 # %% [markdown]
 # # From equations to code
 #
-# *The report, sections 2, 3 and 5: equations (1) to (7), and the reward model's loss.*
+# *The [report](https://github.com/ContextualAI/HALOs/blob/main/assets/report.pdf),
+# sections 2, 3 and 5: equations (1) to (7), and the reward model's loss. The
+# [KTO paper](https://arxiv.org/abs/2402.01306) came after it.*
 #
 # Each section has the equation, the lines that implement it (read from the trainers' files as this
 # runs, so they are what trains), a number worked by hand, and where there is one an exact answer to
@@ -447,10 +449,11 @@ for at in (-80, 0, 80):
 # %% [markdown]
 # ## Why the reference point is detached
 #
-# *Section 5 does not say whether gradients pass through the KL term; the KTO paper's do not.*
-# Here is what happens if they do. The function without its `detach` is made from the file's own
-# text, by deleting that word. Four examples, two of a class; the bars are how hard the loss pushes
-# each reply's log-probability up.
+# *Section 5 does not say whether gradients pass through the KL term. In the authors' code of
+# December 2023 they do, and the term is that of the examples on one GPU; in the KTO paper they do
+# not.* Here is what happens if they do. The function without its `detach` is made from the file's
+# own text, by deleting that word. Four examples, two of a class, as on one of eight GPUs that share
+# a batch of 32; the bars are how hard the loss pushes each reply's log-probability up.
 
 
 # %%
@@ -496,9 +499,11 @@ for name, push in pushes.items():
 # %% [markdown]
 # The first reply is far above what was expected. Detached, it is left nearly alone, as a value
 # function that flattens has it. Attached, it is pushed on, because it raises the mean that the
-# others are measured against. And the pushes sum to zero: the loss then sees only the difference
-# between the halves, and raising all replies alike changes nothing. That is a preference loss
-# again. Detached, each reply is measured against a fixed expectation.
+# others are measured against. And the pushes sum to zero: what an example gains, the reference
+# point of the others takes back from the other class. The loss then sees only the difference
+# between the halves, and raising all replies alike changes nothing: the halves are a contrast, as
+# in a preference loss. Detached, each reply is measured against a fixed expectation. (All of this
+# is so where the means are above 0. Where a mean is clamped, nothing flows through it.)
 
 # %%
 for name, push in pushes.items():

@@ -11,8 +11,10 @@
 # %% [markdown]
 # # Archangel on a laptop
 #
-# *The report, sections 3.4 and 6: Figures 2, 3 and 5, its claims, and the sensitivity that its
-# reviewers asked about.*
+# *The [report](https://github.com/ContextualAI/HALOs/blob/main/assets/report.pdf), sections 3.4, 5
+# and 6: Figures 2, 3 and 5, and its claims. The
+# [KTO paper](https://arxiv.org/abs/2402.01306), which came after it: two more claims, and the
+# sensitivity that a review of the paper asked about.*
 #
 # The report trained {SFT, SLiC, DPO, SFT+DPO, PPO, SFT+PPO, KTO, SFT+KTO} on seven models of 1B to
 # 30B and let GPT-4 judge the replies. Here the same eight were trained on a toy: a shop assistant
@@ -100,7 +102,8 @@ show(figures.figure5)
 #
 # ## 4. The claims, tested
 #
-# Each claim of the report as a contrast, with its test and the rule by which it holds, fixed before
+# Each claim of the report and of the KTO paper (the last two groups: few desirable rows,
+# contradictory labels) as a contrast, with its test and the rule by which it holds, fixed before
 # any result was seen (`archangel/claims.py`). *Above* is a contrast above 0, *par* one within 0.05,
 # *not below* one above -0.05; p-values are corrected for their number, over all sizes together.
 
@@ -110,7 +113,10 @@ display(Markdown(results.claims_table(numbers["claims"])))
 # %% [markdown]
 # ## 5. How much depends on the settings
 #
-# What the report's reviewers asked for. Dots are seeds, lines one standard deviation over them.
+# The review of the KTO paper asked for the reference point to be ablated, and for the sensitivity
+# to loss aversion; four examples a batch is a claim of the report (four on each GPU, of a batch of
+# 32), few desirable rows one of the KTO paper (where it compares with DPO). Dots are seeds, lines
+# one standard deviation over them.
 
 # %%
 for title in dict.fromkeys(row["ablation"] for row in numbers["ablations"]):
@@ -119,16 +125,17 @@ for title in dict.fromkeys(row["ablation"] for row in numbers["ablations"]):
 # %% [markdown]
 # **The reference point** makes no difference here: both classes lose log-probability from the
 # start, so that the estimate over mismatched partners is negative at every step, and its clamp is
-# no reference point at all; measured against the other half KTO does as well. **Loss aversion**:
-# an undesirable reply that counts 1.5 times costs a little; from 2 on the model falls apart, its
+# no reference point at all; measured against the other half KTO does as well. **Loss aversion**: an
+# undesirable reply that counts 1.5 times costs a little; from 2 on the model falls apart, its
 # held-out replies of both classes 50 to 260 nats below where they were, and next to none that ends.
 # **Beta**: one value suits both losses, 0.1 or 0.3. **Batches of four** examples at the same
-# learning rate cost 0.05 of win rate. **Nine in ten desirable rows dropped**: unlike the report's
-# models this one falls from +0.25 to +0.03; its replies are civil and end, but half are wrong.
+# learning rate cost 0.05 of win rate. **Nine in ten desirable rows dropped**: unlike the KTO
+# paper's models this one falls from +0.25 to +0.03; its replies are civil and end, but half are
+# wrong.
 #
 # ## 6. Contradictory labels
 #
-# *The report's theorem in section 5.* Each prompt has two replies and is labelled again and again,
+# *A theorem of the KTO paper.* Each prompt has two replies and is labelled again and again,
 # a share p of the labels for one reply, where the model before training likes the other. DPO's
 # loss is least where the log-odds have moved by $\log(p/(1-p))/\beta$, however far that is from
 # the majority's side; KTO's is least on the majority's side.
