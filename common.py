@@ -56,8 +56,8 @@ from archangel.run import build_without_weights, load_language_model
 from archangel.run import check_settings as check_settings
 from archangel.run import data_name as data_name
 from archangel.run import run_script as run_script
-from archangel.tokens import MappedExample, Tally, load_tokens, prepare_tokens
-from archangel.tokens import TokenizedRecords as TokenizedRecords
+from archangel.tokenized import MappedExample, Tally, load_tokens, prepare_tokens
+from archangel.tokenized import TokenizedRecords as TokenizedRecords
 
 # Logits (tokens x vocabulary) that are in memory at once: 512 MiB in float32.
 MAX_LOGITS = 2**27

@@ -37,7 +37,8 @@ from tqdm import tqdm
 from archangel.errors import UserError, exit_status
 from archangel.records import FORMATS, Source, cache_folder, find_sources, iter_values
 from archangel.run import find_model, load_tokenizer
-from archangel.tokens import COMPLETIONS, LeftOut, in_records, load_tokens, split_dialogues
+from archangel.tokenized import in_records, load_tokens
+from archangel.tokens import COMPLETIONS, LeftOut, split_dialogues
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"

@@ -22,7 +22,7 @@ from archangel import claims, figures, judge, statistics
 from archangel.claims import Table, name_of
 from archangel.errors import UserError, exit_status
 from archangel.run import load_tokenizer
-from archangel.tokens import tokenize
+from archangel.tokenized import tokenize
 from common import Examples, completion_logps, make_batch
 
 TABLES = {"data", "models", "methods", "ablations", "contradictory", "claims"}  # in numbers.json

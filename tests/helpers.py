@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from archangel.tokens import load_tokens
+from archangel.tokenized import load_tokens
 from common import Example, Examples
 
 ROOT = Path(__file__).parent.parent

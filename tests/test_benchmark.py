@@ -21,7 +21,7 @@ from archangel.benchmark_ours import Stage
 from archangel.benchmark_turns import WARMUP_STEPS, Contender
 from archangel.errors import UserError, exit_status
 from archangel.run import load_tokenizer, parse_args
-from archangel.tokens import load_tokens
+from archangel.tokenized import load_tokens
 from archangel.workload import SHAPES, Shape, forward_flops, make_examples, useful_work
 
 METHODS = ["sft", "dpo", "kto", "slic", "ppo_offline"]

@@ -14,7 +14,7 @@ from helpers import metric, read_metrics, run_forked, train_here
 from transformers import AutoTokenizer
 
 import dpo
-from archangel import tokens
+from archangel import tokenized
 
 LONG = bool(os.environ.get("HALOS_LONG"))
 GOLDEN = json.loads((golden_cases.FOLDER / "runs.json").read_text())
@@ -26,7 +26,7 @@ def make_schedule(script: str, data: str, settings: dict) -> list[list[int]]:
     module = importlib.import_module(script)
     config = module.Config(data=data, **settings)
     tokenizer = AutoTokenizer.from_pretrained(golden_cases.ROOT / "archangel/toy_world/model")
-    records, _ = tokens.load_tokens(data, module.FORMATS, tokenizer)
+    records, _ = tokenized.load_tokens(data, module.FORMATS, tokenizer)
     return module.make_schedule(module.make_examples(records, config), config)
 
 
@@ -55,7 +55,7 @@ def test_float64_losses_are_the_golden_ones(name, tmp_path, monkeypatch):
     changes = {}
     whole = LONG or name == "kto toy"
     if not whole:
-        monkeypatch.setattr(tokens, "MAX_TEST_RECORDS", 0)
+        monkeypatch.setattr(tokenized, "MAX_TEST_RECORDS", 0)
         if DOUBLE[name]["settings"].get("max_steps", 0) > 12:
             changes = {"max_steps": 12}
     records = run_case(DOUBLE[name], tmp_path, **changes)
@@ -80,7 +80,7 @@ def test_float32_losses_stay_near_the_golden_ones(script, tmp_path, monkeypatch)
 
     The short form has 20 of the 60 steps.
     """
-    monkeypatch.setattr(tokens, "MAX_TEST_RECORDS", 0)
+    monkeypatch.setattr(tokenized, "MAX_TEST_RECORDS", 0)
     num_steps = 60 if LONG else 20
     name = f"{script} toy, float32"
     ours = metric(run_case(CASES[f"{name}, 8192"], tmp_path, max_steps=num_steps), "loss")
@@ -99,8 +99,8 @@ def test_token_ids_are_the_golden_ones():
     tokenizer = AutoTokenizer.from_pretrained(golden_cases.ROOT / "archangel/toy_world/model")
     hh = [json.loads(line) for line in (golden_cases.FOLDER / "hh.jsonl").open()]
     for name, records in {"toy": golden_cases.toy_records(50), "hh": hh}.items():
-        tokenized = tokens.tokenize(records, tokenizer)
-        examples = dpo.make_examples(tokenized, dpo.Config(model="toy"))
+        token_ids = tokenized.tokenize(records, tokenizer)
+        examples = dpo.make_examples(token_ids, dpo.Config(model="toy"))
         found = []
         for example in examples:
             ids = [example.prompt_ids, *example.completions_ids]

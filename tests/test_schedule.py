@@ -17,7 +17,7 @@ import kto
 import ppo_offline
 import sft
 import slic
-from archangel.tokens import TokenizedRecords, tokenize
+from archangel.tokenized import TokenizedRecords, tokenize
 
 SEEDS = st.integers(0, 2**31)
 

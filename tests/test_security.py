@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import common
 from archangel import sample
-from archangel.tokens import tokenize
+from archangel.tokenized import tokenize
 
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("archangel/**/*.py"), *ROOT.glob("notebooks/**/*.ipynb")]
 # Modules that load code or start it, and calls that run what they are given.
@@ -265,7 +265,7 @@ def test_records_bring_no_template():
     assert prompt == f"[user]{{{{ 7 * 7 }}}}{end}[assistant]"
     assert tokenizer.decode(records.read(0, "completion")) == f"{{% raw %}}{end}"
     (reason,) = records.counts["left_out"]
-    assert "chat_template_kwargs holds chat_template" in reason
+    assert "the reserved name chat_template" in reason
 
 
 def test_program_in_a_folder_of_data(tmp_path, trap):

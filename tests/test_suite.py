@@ -28,7 +28,7 @@ from archangel import claims, figures, judge, kto_variants, results, sample, sta
 from archangel.errors import Interrupted, UserError
 from archangel.records import read_records
 from archangel.run import MODELS, find_model, load_tokenizer, parse_args
-from archangel.tokens import tokenize
+from archangel.tokenized import tokenize
 
 LOSSES = {"sft": sft, "slic": slic, "dpo": dpo, "ppo": ppo_offline, "kto": kto}
 MODULES = {f"{module.__name__}.py": module for module in LOSSES.values()}

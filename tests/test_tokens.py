@@ -1,4 +1,5 @@
-"""Records to token ids, cutting, and the mapped file that keeps them: archangel/tokens.py.
+"""Records to token ids, cutting, and the mapped file that keeps them: archangel/tokens.py and
+tokenized.py.
 
 HALOS_LONG=1 python -m pytest tests/test_tokens.py makes up ten times as many texts.
 """
@@ -34,18 +35,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import kto
-from archangel import sample, tokens
+from archangel import sample, tokenized, tokens
 from archangel.errors import UserError
 from archangel.records import find_sources, read_records
-from archangel.tokens import (
+from archangel.tokenized import (
     MAX_TEST_RECORDS,
-    RecordEncoder,
     TokenizedRecords,
     cache_key,
     load_tokens,
     prepare_tokens,
     tokenize,
 )
+from archangel.tokens import RecordEncoder
 
 ALL_FORMATS = ("preference", "unpaired", "supervised")
 PAIR = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
@@ -560,13 +561,20 @@ def test_options_of_the_template():
 
 @pytest.mark.parametrize(
     "name",
-    ["add_generation_prompt", "tokenize", "messages", "conversation", "self", "chat_template"],
+    [
+        "add_generation_prompt",
+        "tokenize",
+        "messages",
+        "conversation",
+        "self",
+        "chat_template",
+        "eos_token",
+    ],
 )
 def test_options_that_are_not_the_template_s(name):
     record = {**MESSAGES, "chat_template_kwargs": {name: "x"}}
-    assert reason_of(record, chat_tokenizer("tools")).startswith(
-        f"chat_template_kwargs holds {name}"
-    )
+    reason = reason_of(record, chat_tokenizer("tools"))
+    assert reason == f"chat_template_kwargs that hold the reserved name {name}"
 
 
 # ------------------------------------------------------------------------------------- any record
@@ -1134,18 +1142,20 @@ def test_cache_key(tmp_path, monkeypatch):
     keys.append(key(data=str(other)))  # it is where the records stand
     write_records(path, [{**PAIR, "prompt": "R:"}])
     keys.append(key())
-    code = tmp_path / "tokens.py"
-    code.write_bytes(Path(tokens.__file__).read_bytes() + b"\n")
-    shutil.copy(Path(tokens.__file__).with_name("records.py"), tmp_path)
-    monkeypatch.setattr(tokens, "__file__", str(code))
-    keys.append(key())
+    for name in ("records.py", "tokens.py", "tokenized.py"):  # each in its turn is changed
+        code = tmp_path / name
+        for other_name in ("records.py", "tokens.py", "tokenized.py"):
+            shutil.copy(Path(tokens.__file__).with_name(other_name), tmp_path)
+        code.write_bytes(code.read_bytes() + b"\n")
+        monkeypatch.setattr(tokenized, "__file__", str(tmp_path / "tokenized.py"))
+        keys.append(key())
     assert len(set(keys)) == len(keys)
 
 
 def test_half_written_is_not_used(tmp_path, cache, monkeypatch):
     """What a stopped process leaves behind is not taken for the data."""
     data = str(write_records(tmp_path / "records.jsonl", [PAIR] * 3))
-    make_row = tokens.make_row
+    make_row = tokenized.make_row
     rows_made = []
 
     def stop_at_the_second(*arguments):
@@ -1154,7 +1164,7 @@ def test_half_written_is_not_used(tmp_path, cache, monkeypatch):
             raise KeyboardInterrupt
         return make_row(*arguments)
 
-    monkeypatch.setattr(tokens, "make_row", stop_at_the_second)
+    monkeypatch.setattr(tokenized, "make_row", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         load_tokens(data, ALL_FORMATS, toy_tokenizer())
     assert prepared_in(cache) == []
@@ -1203,7 +1213,7 @@ def test_wrong_record_leaves_nothing_in_the_cache(tmp_path, cache):
 
 def test_threads_prepare_once(tmp_path, cache, monkeypatch):
     data = str(write_records(tmp_path / "records.jsonl", [PAIR] * 50))
-    write_tokens = tokens.write_tokens
+    write_tokens = tokenized.write_tokens
     written = []
 
     def count(*arguments):
@@ -1211,7 +1221,7 @@ def test_threads_prepare_once(tmp_path, cache, monkeypatch):
         time.sleep(0.2)  # the other one arrives in the meantime
         return write_tokens(*arguments)
 
-    monkeypatch.setattr(tokens, "write_tokens", count)
+    monkeypatch.setattr(tokenized, "write_tokens", count)
     folders = []
     toy_tokenizer()
 
