@@ -35,13 +35,13 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from archangel.errors import UserError, exit_status
-from archangel.records import FORMATS, Source, cache_folder, find_sources, iter_values
+from archangel.records import FORMATS, HH_TURN, Source, cache_folder, find_sources, iter_values
 from archangel.run import find_model, load_tokenizer
 from archangel.tokenized import in_records, load_tokens
 from archangel.tokens import COMPLETIONS, LeftOut, split_dialogues
 
 HUMAN = "\n\nHuman:"
-ASSISTANT = "\n\nAssistant:"
+ASSISTANT = HH_TURN
 NOT_SHARED = "no shared opening up to the last Assistant turn"
 MIN_SCORE_RATIO = 2  # SHP: smaller differences are mostly noise
 MAX_PAIRS_PER_PROMPT = 5  # SHP: otherwise a few busy posts outweigh the rest
@@ -418,7 +418,7 @@ def prepare_mixture(data: str | list[str]) -> None:
 
     Raises UserError if the hub cannot be reached.
     """
-    if data != "archangel":
+    if data not in ("archangel", ["archangel"]):
         return
     folder = cache_folder() / "archangel"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -523,6 +523,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def show(data: list[str], model: str, num_shown: int) -> None:
     """Print what a trainer would be given: counts, and the first records as tokens."""
+    prepare_mixture(data)
     tokenizer = load_tokenizer(find_model(model))
     for split, records in zip(("train", "test"), load_tokens(data, tuple(FORMATS), tokenizer)):
         if records.counts["read"] == 0:

@@ -1,4 +1,4 @@
-"""KTO with other reference points, for the ablations: what they do is shown, not recommended.
+"""KTO with other reference points, for the ablations. They are not recommended.
 
 kto.py measures each example against a constant, the mean log-ratio of the other half of the global
 batch. The authors' code of December 2023 did two things differently, and this file has both:
@@ -7,7 +7,8 @@ batch. The authors' code of December 2023 did two things differently, and this f
     --group_size 4    the reference point is of the other half of 4 examples, 2 of each class, as on
                       a process that computes 4 of a batch's examples
 
-It is the loop of kto.py for one process, and for a batch that fits in one micro-batch.
+It is the loop of kto.py for one process, and for a batch that fits in one micro-batch. Held-out
+metrics are those of kto.py, with the reference point of a whole batch.
 
     python -m archangel.kto_variants --model toy --data toy --lr 2e-4 --warmup_steps 10 \\
         --attached --out runs/kto_attached
@@ -32,7 +33,7 @@ class Config(kto.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.group_size % 2 or self.batch_size % (self.group_size or self.batch_size):
+        if self.group_size > 0 and (self.group_size % 2 or self.batch_size % self.group_size):
             raise common.UserError(
                 f"--group_size {self.group_size}: must be even, and divide --batch_size "
                 f"{self.batch_size}"
@@ -42,7 +43,7 @@ class Config(kto.Config):
 
 
 def find_groups(desirable: torch.Tensor, group_size: int) -> torch.Tensor:
-    """The group (B,) of each example: the first group has the first examples of each class, etc.
+    """The group (B,) of each example, from 0. Group g has the g-th group_size / 2 of each class.
 
     desirable: (B,) bool. group_size: 0 for a single group.
     """
@@ -70,10 +71,13 @@ def reference_points(
 def attached_kto_loss(
     log_ratios: torch.Tensor, desirable: torch.Tensor, kl: torch.Tensor, config: Config
 ) -> torch.Tensor:
-    """kto.kto_loss (B,), with the gradient of the reference point kl (B,)."""
-    gains = torch.where(desirable, log_ratios - kl, kl - log_ratios)
-    weights = torch.where(desirable, config.desirable_weight, config.undesirable_weight)
-    return weights * (1 - torch.sigmoid(config.beta * gains))
+    """kto.kto_loss (B,), with the gradient of the reference point kl (B,).
+
+    kto_loss depends on log_ratios - kl alone, and detaches its argument kl. So kl is given in the
+    place of the reference model's log-probabilities, which it does not detach.
+    """
+    weights = (config.desirable_weight, config.undesirable_weight)
+    return kto.kto_loss(log_ratios, kl, desirable, 0.0, config.beta, *weights)
 
 
 def train(config: Config) -> None:
@@ -126,7 +130,9 @@ def train(config: Config) -> None:
         losses = attached_kto_loss(log_ratios, desirable, kl, config)  # (B,)
         losses.mean().backward()
 
-        losses, log_ratios, kl = losses.detach(), log_ratios.detach(), kl.detach()
+        losses = losses.detach()
+        log_ratios = log_ratios.detach()
+        kl = kl.detach()
         grad_norm = common.clip_gradient(policy, config.max_grad_norm)
         common.check_finite(losses, grad_norm, batch, step)
         lr = config.lr * min(1.0, step / max(1, config.warmup_steps))

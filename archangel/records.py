@@ -9,8 +9,9 @@
     folder                      of such files, with `train` and `test` (or `validation`) in their
                                 names; or of Dataset.save_to_disk
     NAME, NAME:CONFIG,
-    NAME:CONFIG:SPLIT           a data set of the Hugging Face hub. A split train_x is evaluated on
-                                test_x; other splits on test or validation, if there is one
+    NAME:CONFIG:SPLIT           a data set of the Hugging Face hub (NAME::SPLIT for its default
+                                CONFIG). A split train_x is evaluated on test_x; other splits on
+                                test or validation, if there is one
 
 A record has the columns of one of these formats. Where several fit, the first one counts.
 
@@ -32,10 +33,12 @@ The prompt may be left out where chosen and rejected are whole conversations tha
 last message, as lists of messages or as the text of Anthropic's HH, with "\\n\\nAssistant:" turns.
 The chat template gets `tools` and `chat_template_kwargs`, if a record has these columns.
 
-Text is learned as it is; the text of a special token, such as "</s>", becomes that token. Messages
-are written by the tokenizer's chat template; one with the text of a special token is left out. All
-that is left out is counted. `python -m archangel.data show` prints the tokens.
+Text is used unchanged; the text of a special token, such as "</s>", becomes that token. Messages
+are written by the tokenizer's chat template; a record with the text of a special token in a message
+is left out. What is left out is counted. `python -m archangel.data show` prints the tokens.
 """
+
+# The trainers' --help prints the text above, from its second paragraph on.
 
 import codecs
 import csv
@@ -64,7 +67,7 @@ FORMATS = {  # what an error message says of the columns of each
     "unpaired": "{prompt, completion, label}",
     "supervised": "{prompt, completion} or {messages}",
 }
-# How data sets spell labels. 1 also stands for true and 1.0, which are equal to it in Python.
+# How data sets spell labels. True and 1.0 find the entry of 1, which is equal to them in Python.
 LABELS = {1: True, 0: False}
 LABELS |= dict.fromkeys(["true", "1", "1.0", "yes", "good", "chosen", "desirable"], True)
 LABELS |= dict.fromkeys(["false", "0", "0.0", "no", "bad", "rejected", "undesirable"], False)
@@ -78,7 +81,9 @@ REFUSED_COLUMNS = {
 }
 TEMPLATE_COLUMNS = {"tools": list, "chat_template_kwargs": dict}  # read beside messages
 HH_TURN = "\n\nAssistant:"  # begins the assistant's turns in the text of Anthropic's HH
-MAX_LINE_BYTES = 2**26  # a small compressed file may hold a line that would fill the memory
+# A small compressed file may hold what would fill the memory.
+MAX_LINE_BYTES = 2**26
+MAX_ARRAY_BYTES = 2**30
 
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a UserError says it in one line
 datasets.disable_progress_bars()
@@ -102,6 +107,7 @@ class Source:
         digest = hashlib.sha256()
         for path in self.files:
             with path.open("rb") as file:
+                digest.update(path.name.encode())
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         if self.dataset is not None:
             digest.update(repr(self.dataset.features).encode())  # names of labels
@@ -129,7 +135,10 @@ def find_sources(data: str | Sequence[str], needs_train: bool = True) -> dict[st
     if Path(name).is_dir():
         path, config, split = name, "", ""
     else:
-        path, config, split = (*name.split(":"), "", "")[:3]
+        parts = name.split(":")
+        if len(parts) > 3:
+            raise UserError(f"--data {name}: has more than NAME:CONFIG:SPLIT")
+        path, config, split = [*parts, "", ""][:3]
     splits = find_splits(name, path, config)
     train = split or "train"
     sources = {}
@@ -248,9 +257,9 @@ def in_one_line(error: BaseException) -> str:
 
 
 def file_kind(path: Path) -> str:
-    """The suffix of a file's name, without a last ".gz": one of KINDS, or "" for any other."""
+    """The suffix of a file's name, without a last ".gz": one of READERS, or "" for any other."""
     suffix = Path(path.name.removesuffix(".gz")).suffix
-    return suffix if suffix in KINDS else ""
+    return suffix if suffix in READERS else ""
 
 
 def read_json(path: Path) -> Iterator[tuple[str, object]]:
@@ -263,7 +272,10 @@ def read_json(path: Path) -> Iterator[tuple[str, object]]:
             for number, line in enumerate(lines, 1):
                 where = f"{path}, line {number}"
                 if is_first and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-                    text = (line + file.read()).decode("utf-8-sig")
+                    rest = file.read(MAX_ARRAY_BYTES + 1)
+                    if len(rest) > MAX_ARRAY_BYTES:
+                        raise ValueError(f"its array exceeds {MAX_ARRAY_BYTES} bytes; use .jsonl")
+                    text = (line + rest).decode("utf-8-sig")
                     where = f"{path}, in the array that begins in line {number}"
                     for place, value in enumerate(split_array(text), 1):
                         yield f"{path}, record {place}", value
@@ -369,7 +381,11 @@ def read_dataset(dataset: Iterable, name: str) -> Iterator[tuple[str, object]]:
 
 
 def without_nulls(value: object) -> object:
-    """A value without the fields that are null. Arrow adds them where only other rows have one."""
+    """A value without the fields that are null.
+
+    Arrow adds them where only other rows have a field. It does not tell them from nulls that mean
+    something, such as an argument of a tool call; JSON Lines keeps these.
+    """
     if isinstance(value, dict):
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -377,8 +393,8 @@ def without_nulls(value: object) -> object:
     return value
 
 
-# Kinds of files by the ends of their names, and what reads them.
-KINDS = {
+# What reads a file, by the end of its name.
+READERS = {
     ".jsonl": read_json,
     ".json": read_json,
     ".csv": read_csv,
@@ -414,9 +430,9 @@ def iter_values(source: Source) -> Iterator[tuple[str, object]]:
 
 def read_file(path: Path) -> Iterator[tuple[str, object]]:
     """The values in a file that should be records, and where they stand."""
-    read = KINDS.get(file_kind(path))
+    read = READERS.get(file_kind(path))
     if read is None:
-        raise UserError(f"--data {path}: its name must end in one of {', '.join(KINDS)}")
+        raise UserError(f"--data {path}: its name must end in one of {', '.join(READERS)}")
     return read(path)
 
 
@@ -431,6 +447,7 @@ def check_record(value: object) -> Record:
             f"has the columns {', '.join(sorted(given)) or 'none'}; needs "
             + " or ".join(FORMATS.values())
         )
+    # Without its label, an unpaired record would be taken for a supervised one.
     if "label" in value and "label" not in columns and "chosen" not in columns:
         raise ValueError("label is null")
     for column, advice in REFUSED_COLUMNS.items():
@@ -455,44 +472,45 @@ def check_record(value: object) -> Record:
     for column, kind in TEMPLATE_COLUMNS.items():
         if not given.get(column):
             continue
-        item = given[column]
-        if isinstance(item, str):
-            try:
-                item = json.loads(item)
-            except ValueError as error:
-                raise ValueError(f"{column} is text, and not JSON: {error}") from None
-        if not isinstance(item, kind):
-            raise ValueError(f"{column} must be a {kind.__name__}, not {item!r:.40}")
         if not is_conversation:
             raise ValueError(
                 f"has a column {column}, which only conversations have; write messages, or put it "
                 "into the prompt's text"
             )
-        record[column] = item
+        record[column] = parse_template_column(column, given[column], kind)
     return record
+
+
+def parse_template_column(column: str, item: object, kind: type) -> object:
+    """What the chat template gets of a column, which may be JSON as text. Raises ValueError."""
+    if isinstance(item, str):
+        try:
+            item = json.loads(item)
+        except ValueError as error:
+            raise ValueError(f"{column} is text, and not JSON: {error}") from None
+    if not isinstance(item, kind):
+        raise ValueError(f"{column} must be a {kind.__name__}, not {item!r:.40}")
+    return item
 
 
 def find_columns(given: dict) -> list[str]:
     """The columns to read of a record, for the first format that it has. [] if it has none."""
 
     def is_whole_dialogue(column: str) -> bool:
-        item = given.get(column)
+        item = given[column]
         return isinstance(item, list) or (isinstance(item, str) and HH_TURN in item)
 
     prompt = ["prompt"] if "prompt" in given else []
-    columns = []
-    if "chosen" in given and "rejected" in given:
-        if prompt or (is_whole_dialogue("chosen") and is_whole_dialogue("rejected")):
-            columns = [*prompt, "chosen", "rejected"]
-            if "target" in given:
-                columns.append("target")
-    elif "completion" in given and (prompt or isinstance(given["completion"], list)):
-        columns = [*prompt, "completion"]
-    elif "messages" in given:
-        columns = ["messages"]
-    if columns in (["prompt", "completion"], ["completion"], ["messages"]) and "label" in given:
-        columns.append("label")
-    return columns
+    label = ["label"] if "label" in given else []
+    is_pair = "chosen" in given and "rejected" in given
+    if is_pair and (prompt or (is_whole_dialogue("chosen") and is_whole_dialogue("rejected"))):
+        target = ["target"] if given.get("target") else []  # a cell of CSV may be blank
+        return [*prompt, "chosen", "rejected", *target]
+    if "completion" in given and (prompt or isinstance(given["completion"], list)):
+        return [*prompt, "completion", *label]
+    if "messages" in given:
+        return ["messages", *label]
+    return []
 
 
 def is_text_or_messages(item: object) -> bool:

@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 from archangel import toy
 from archangel.data import prepare_mixture
 from archangel.errors import UserError, exit_status
-from archangel.records import TEMPLATE_COLUMNS, find_sources, iter_records
+from archangel.records import TEMPLATE_COLUMNS, find_files, find_sources, iter_records
 from archangel.run import find_model, load_tokenizer
 from archangel.tokens import LeftOut, RecordEncoder, TokenizedRecord, split_record
 
@@ -97,7 +97,7 @@ def read_prompts(data: str, n: int) -> list[dict]:
     """
     prepare_mixture(data)
     sources = find_sources(data, needs_train=False)
-    if "test" not in sources and Path(data).is_dir():
+    if "test" not in sources and not find_files([data]):
         raise UserError(f"--data {data}: has no held-out records; name a file to read all of it")
     source = sources.get("test") or sources["train"]
     prompts = {}
@@ -155,7 +155,7 @@ def encode_prompts(
     for prompt in prompts:
         record = prompt.get("conversation", {"prompt": prompt["prompt"]})
         try:
-            (tokens,) = encoder.encode([encoder.write(record)])
+            (tokens,) = encoder.encode([encoder.render(record)])
         except LeftOut as reason:
             encoded.append(reason)
             continue
@@ -214,6 +214,9 @@ def sample(
     """
     room = room_for_prompt(model.config.get_text_config(), max_new_tokens)
     encoded = encode_prompts(prompts, tokenizer, room)
+    for tokens in encoded:
+        if isinstance(tokens, LeftOut):
+            raise UserError(f"a prompt cannot be replied to: {tokens}; see leave_out_unusable")
     prompts_ids = [tokens.prompt_ids for tokens in encoded]
     encoder = RecordEncoder(tokenizer)
     # Stop where completions end in training: after a text, or after a turn of a conversation.

@@ -89,7 +89,7 @@ class TokenizedRecords:
 
     Attributes:
         label: true, false or None for each record.
-        counts: what was read, used and left out; see count_records.
+        counts: what was read, used and left out; see write_tokens.
     """
 
     def __init__(self, table: pa.Table, counts: dict):
@@ -107,7 +107,7 @@ class TokenizedRecords:
         return len(self.label)
 
     def select(self, numbers: Sequence[int]) -> "TokenizedRecords":
-        """Only these records, in this order. They are copied into memory."""
+        """Only these records, in this order, in memory. `counts` stay those of the whole split."""
         return TokenizedRecords(self._table.take(pa.array(numbers, pa.int64())), self.counts)
 
     def describe(self) -> list[str]:
@@ -262,7 +262,7 @@ def describe_unusable(counts: dict) -> str:
     if counts["read"] == 0:
         return f"--data {counts['source']}: has no records"
     reasons = "; ".join(counts["left_out"].describe())
-    return f"--data {counts['source']}: no record can be used: {reasons}"
+    return f"--data {counts['source']}: no record can be used; {reasons}"
 
 
 def prepare_tokens(data: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -357,7 +357,7 @@ def write_tokens(
                 formats.add(format_of(record), where)
                 columns_not_read |= not_read
                 try:
-                    written.append((where, record, encoder.write(record)))
+                    written.append((where, record, encoder.render(record)))
                 except LeftOut as reason:
                     left_out.add(str(reason), where)
             rows = []

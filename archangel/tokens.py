@@ -17,7 +17,7 @@ settings of a run.
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jinja2
@@ -37,6 +37,17 @@ RESERVED_OPTIONS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_temp
 RESERVED_OPTIONS -= {"tools", "documents"}
 RESERVED_OPTIONS |= {"messages", *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES}
 
+# What a template may raise for a conversation: its own errors, and Python's for what it computes.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 Message = dict  # {"role": ..., "content": ...}, and what else the chat template reads
 
 
@@ -49,7 +60,7 @@ class LeftOut(Exception):
 
 @dataclass
 class Texts:
-    """What a record's prompt and completions are, as text that the tokenizer encodes."""
+    """A record's prompt and completions, as the text that the tokenizer encodes."""
 
     prompt: str
     completions: dict[str, str]  # "chosen", "rejected", "target" or "completion" to text
@@ -77,21 +88,24 @@ class RecordEncoder:
         """The token that ends a completion, and where sampling stops."""
         return self.end_of_turn_id if is_chat else self.end_of_text_id
 
-    def write(self, record: Record) -> Texts:
-        """The texts of a record's prompt and completions. Raises LeftOut."""
+    def render(self, record: Record) -> Texts:
+        """The texts of a record's prompt and completions. Raises LeftOut.
+
+        Raises UserError for a conversation, if the tokenizer has no chat template.
+        """
         prompt, completions = split_record(record)
         if isinstance(prompt, str):
             check_not_messages([prompt, *completions.values()])
             texts = Texts(prompt, completions, is_chat=False)
         else:
-            texts = self._write_conversation(prompt, completions, record)
+            texts = self._render_conversation(prompt, completions, record)
         for text in texts.completions.values():
             if not text.strip():
                 raise LeftOut("an empty completion")
         check_unicode([texts.prompt, *texts.completions.values()])
         return texts
 
-    def _write_conversation(
+    def _render_conversation(
         self, prompt: list[Message], answers: dict[str, Message], record: Record
     ) -> Texts:
         """Prompt and completions as the chat template writes them."""
@@ -145,7 +159,7 @@ class RecordEncoder:
     def _apply_template(self, messages: list[Message], **options) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
+        except TEMPLATE_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
             raise LeftOut(f"the chat template refuses it: {reason}") from None
 
@@ -158,35 +172,65 @@ class RecordEncoder:
     # --------------------------------------------------------------------------- texts to tokens
 
     def encode(self, all_texts: Sequence[Texts]) -> "list[TokenizedRecord | LeftOut]":
-        """The token ids of many records at once, which a fast tokenizer encodes in parallel."""
-        wholes = []  # of all records: the prompt, then the prompt with each completion
+        """The token ids of many records at once, which a fast tokenizer encodes in parallel.
+
+        In the place of a record that cannot be encoded stands the reason, LeftOut.
+        """
+        needed = set()
         for texts in all_texts:
-            wholes.append(texts.prompt)
-            wholes.extend(texts.prompt + completion for completion in texts.completions.values())
-        encoded = iter(self._encode(wholes))
-        prompts_ids = []
-        borders = []  # of all completions of all records
-        for texts in all_texts:
-            prompts_ids.append(next(encoded))
+            needed.add(texts.prompt)
             for completion in texts.completions.values():
-                borders.append((prompts_ids[-1], next(encoded), completion))
-        completions_ids = iter(self._split_completions(borders))
+                needed.add(texts.prompt + completion)
+        ids_of = self._encode(needed)
+        spanned = set()  # completions where a token spans the border to the prompt
+        for texts in all_texts:
+            for completion in texts.completions.values():
+                if not starts_with(ids_of[texts.prompt + completion], ids_of[texts.prompt]):
+                    spanned.add(completion)
+        ids_of_spanned = self._encode_after_a_character(spanned)
+
         results = []
-        for texts, prompt_ids in zip(all_texts, prompts_ids):
-            completions = {name: next(completions_ids) for name in texts.completions}
+        for texts in all_texts:
+            prompt_ids = ids_of[texts.prompt]
+            completions = {}
+            for name, completion in texts.completions.items():
+                whole_ids = ids_of[texts.prompt + completion]
+                if starts_with(whole_ids, prompt_ids):
+                    completions[name] = whole_ids[len(prompt_ids) :]
+                else:
+                    completions[name] = ids_of_spanned.get(completion)
             if None in completions.values():
                 results.append(LeftOut("a completion that cannot be encoded apart from its prompt"))
             else:
                 results.append(self._finish(texts, prompt_ids, completions))
         return results
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        """Texts to their token ids, without what the tokenizer puts before and after them."""
+        texts = list(texts)
         if not texts:
-            return []
+            return {}
         # verbose: no warning about texts that are longer than the model, which are cut later.
-        return self.tokenizer(
+        encoded = self.tokenizer(
             texts, add_special_tokens=False, verbose=False, return_attention_mask=False
-        )["input_ids"]
+        )
+        return dict(zip(texts, encoded["input_ids"]))
+
+    def _encode_after_a_character(self, completions: set[str]) -> dict[str, list[int]]:
+        """Completions to their ids, without those that cannot be divided from what is before.
+
+        Encoded by themselves, they would get a space in front of them from tokenizers such as
+        Llama 2's.
+        """
+        found = {}
+        for character in "\na0":  # a completion that merges with one of these may not with the next
+            missing = completions - found.keys()
+            ids_of = self._encode([character, *(character + text for text in missing)])
+            for text in missing:
+                ids = ids_of[character + text]
+                if starts_with(ids, ids_of[character]):
+                    found[text] = ids[len(ids_of[character]) :]
+        return found
 
     def _finish(
         self, texts: Texts, prompt_ids: list[int], completions: dict[str, list[int]]
@@ -200,39 +244,11 @@ class RecordEncoder:
             if ids[-1:] != [end_id]:
                 ids = [*ids, end_id]
             finished[name] = ids
-        if not texts.is_chat and prompt_ids[: len(self.prefix_ids)] != self.prefix_ids:
+        if not texts.is_chat and not starts_with(prompt_ids, self.prefix_ids):
             prompt_ids = self.prefix_ids + prompt_ids  # unless the text itself begins with it
         if not prompt_ids:  # some token must come before a completion, to predict its first token
             prompt_ids = [self.end_of_text_id]
         return TokenizedRecord(prompt_ids, finished, texts.is_chat)
-
-    def _split_completions(
-        self, borders: list[tuple[list[int], list[int], str]]
-    ) -> list[list[int] | None]:
-        """The ids of completions; None for one that cannot be divided from its prompt.
-
-        borders: the ids of each prompt, those of prompt and completion together, the completion.
-        """
-        completions_ids = [None] * len(borders)
-        pending = []  # those with a token that spans the border
-        for index, (prompt_ids, whole_ids, _) in enumerate(borders):
-            if whole_ids[: len(prompt_ids)] == prompt_ids:
-                completions_ids[index] = whole_ids[len(prompt_ids) :]
-            else:
-                pending.append(index)
-        # Encode these after some other character. (Encoded by themselves, they would get a space in
-        # front of them from tokenizers such as Llama 2's.)
-        for neighbor in "\na0":
-            texts = [neighbor, *(neighbor + borders[index][2] for index in pending)]
-            neighbor_ids, *all_ids = self._encode(texts)
-            still_pending = []
-            for index, ids in zip(pending, all_ids):
-                if ids[: len(neighbor_ids)] == neighbor_ids:
-                    completions_ids[index] = ids[len(neighbor_ids) :]
-                else:
-                    still_pending.append(index)
-            pending = still_pending
-        return completions_ids
 
 
 @dataclass
@@ -242,6 +258,11 @@ class TokenizedRecord:
     prompt_ids: list[int]  # at least one
     completions: dict[str, list[int]]  # "chosen", "rejected", "target" or "completion"
     is_chat: bool
+
+
+def starts_with(ids: list[int], beginning: list[int]) -> bool:
+    """Whether ids begin with these."""
+    return ids[: len(beginning)] == beginning
 
 
 def cut_after_last(ids: list[int], end_id: int) -> list[int]:
@@ -270,6 +291,9 @@ def split_record(record: Record) -> tuple[str | list[Message], dict[str, str | M
         return split_conversation(prompt, completions)
     if prompt is None:
         return split_dialogues(completions)
+    for completion in completions.values():
+        if HH_TURN in prompt and completion.startswith(prompt):
+            raise LeftOut("a completion that repeats its prompt; remove either")
     return prompt, completions
 
 
@@ -340,11 +364,12 @@ def check_answer(message: Message) -> None:
 
 
 def iter_strings(value: object) -> Iterator[str]:
-    """All strings in nested lists and dictionaries."""
+    """All strings in nested lists and dictionaries, names too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
+        for name, item in value.items():
+            yield from iter_strings(name)
             yield from iter_strings(item)
     elif isinstance(value, list):
         for item in value:
@@ -379,7 +404,7 @@ def find_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     ]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError):  # as it will say of records
+    except TEMPLATE_ERRORS:  # as it will say of records
         return tokenizer.eos_token_id
     _, answer, rest = text.rpartition("ANSWER")
     if answer:

@@ -503,6 +503,14 @@ def test_show(tmp_path, capsys):
     assert "label: True" in lines
 
 
+def test_show_prepares_the_mixture(tmp_path):
+    """As the trainers do. Without a network it says how to make it."""
+    caches = {"HF_HOME": str(tmp_path), "HALOS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = run("show", "--data", "archangel", "--model", "toy", **caches)
+    assert done.returncode == 2
+    assert "is not prepared" in error_line(done.stderr)
+
+
 def test_show_says_what_is_wrong(tmp_path):
     done = run("show", "--data", tmp_path / "missing.jsonl", "--model", "toy")
     assert done.returncode == 2

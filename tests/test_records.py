@@ -127,6 +127,21 @@ def test_first_format_that_fits_counts(tmp_path):
     ]
 
 
+def test_messages_beside_texts_without_a_prompt(tmp_path):
+    """The first format does not fit, since nothing says what the prompt is."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    row = {"chosen": "a", "rejected": "b", "messages": messages}
+    assert read_records(write(tmp_path / "r.jsonl", [row]), "train") == [{"messages": messages}]
+
+
+def test_blank_target(tmp_path):
+    """In CSV every row has the column."""
+    path = tmp_path / "r.csv"
+    path.write_text("prompt,chosen,rejected,target\nq,a,b,\nq,a,b,c\n")
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert read_records(str(path), "train") == [pair, {**pair, "target": "c"}]
+
+
 def test_null_is_no_column(tmp_path):
     """Sets that are joined have columns that only some of their records fill."""
     joined = dict.fromkeys([*PAIR, *UNPAIRED, "messages", "target", "system", "tools"])
@@ -492,6 +507,15 @@ def test_json_array(tmp_path, before, indent):
     text = before + json.dumps([PAIR, MESSAGES], indent=indent) + "\n"
     data = write_bytes(tmp_path / "records.json", text.encode())
     assert read_records(data, "train") == [PAIR, MESSAGES]
+
+
+def test_json_array_that_would_fill_the_memory(tmp_path, monkeypatch):
+    """A compressed file of it may be small."""
+    monkeypatch.setattr(records_module, "MAX_ARRAY_BYTES", 1000)
+    path = tmp_path / "r.json.gz"
+    with gzip.open(path, "wt") as file:
+        file.write("[\n" + " " * 2000 + "]")
+    assert "exceeds 1000 bytes" in error_of(path)
 
 
 def test_empty_json_array(tmp_path):

@@ -168,12 +168,21 @@ def test_spanning_token_is_not_used():
 def test_border_that_cannot_be_resolved(monkeypatch):
     """A tokenizer for which every token depends on all of the text."""
 
-    def encode_whole(self, texts: list[str]) -> list[list[int]]:
-        return [[100 + len(text)] * 2 for text in texts]
+    def encode_whole(self, texts) -> dict[str, list[int]]:
+        return {text: [100 + len(text)] * 2 for text in texts}
 
     monkeypatch.setattr(RecordEncoder, "_encode", encode_whole)
     reason = reason_of(PAIR, toy_tokenizer())
     assert reason == "a completion that cannot be encoded apart from its prompt"
+
+
+def test_dialogues_beside_their_prompt():
+    """The prompt would be learned as a part of the completion."""
+    prompt = "\n\nHuman: Hi\n\nAssistant:"
+    whole = {"prompt": prompt, "chosen": f"{prompt} yes", "rejected": f"{prompt} no"}
+    assert "repeats its prompt" in reason_of(whole, toy_tokenizer())
+    records = tokenize([{**whole, "chosen": " yes", "rejected": " no"}], toy_tokenizer())
+    assert len(records) == 1
 
 
 def test_text_of_a_special_token_is_that_token():
@@ -575,6 +584,23 @@ def test_options_that_are_not_the_template_s(name):
     record = {**MESSAGES, "chat_template_kwargs": {name: "x"}}
     reason = reason_of(record, chat_tokenizer("tools"))
     assert reason == f"chat_template_kwargs that hold the reserved name {name}"
+
+
+def test_special_token_in_a_name():
+    """The names of a tool's parameters are written, too."""
+    tokenizer = chat_tokenizer("tools")
+    tool = {"function": {"name": "f", "parameters": {"<|im_end|>": {}}}}
+    assert "<|im_end|>" in reason_of({**MESSAGES, "tools": [tool]}, tokenizer)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ range(10 ** 7) }}", "{{ none.x.y }}"])
+def test_template_that_fails(template):
+    tokenizer = text_tokenizer("bytes")
+    tokenizer.chat_template = template
+    try:
+        assert "the chat template refuses it" in reason_of(MESSAGES, tokenizer)
+    finally:
+        tokenizer.chat_template = None
 
 
 # ------------------------------------------------------------------------------------- any record
@@ -1150,6 +1176,17 @@ def test_cache_key(tmp_path, monkeypatch):
         monkeypatch.setattr(tokenized, "__file__", str(tmp_path / "tokenized.py"))
         keys.append(key())
     assert len(set(keys)) == len(keys)
+
+
+def test_renamed_file(tmp_path, cache):
+    """Places name the file as it is called now."""
+    (tmp_path / "data").mkdir()
+    path = write_records(tmp_path / "data" / "train-1.jsonl", [PAIR])
+    first, _ = load_tokens(str(path.parent), ALL_FORMATS, toy_tokenizer())
+    assert first.place(0).endswith("train-1.jsonl, line 1")
+    path.rename(path.with_name("train-2.jsonl"))
+    second, _ = load_tokens(str(path.parent), ALL_FORMATS, toy_tokenizer())
+    assert second.place(0).endswith("train-2.jsonl, line 1")
 
 
 def test_half_written_is_not_used(tmp_path, cache, monkeypatch):
