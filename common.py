@@ -11,8 +11,9 @@ In the order of this file:
     add_reference_logps                 log pi_ref, computed once before training
     make_optimizer, clip_gradient       the rest of a step
 
-Files and folders (archangel/run.py), data formats (archangel/records.py) and a faster arrangement
-of a micro-batch (archangel/packed.py) are not needed to understand a step.
+Files and folders (archangel/run.py), data formats and tokens (archangel/records.py, tokens.py,
+tokenized.py) and a faster arrangement of a micro-batch (archangel/packed.py) are not needed to
+understand a step.
 
 Shapes: a micro-batch holds b of the B examples of a global batch. These have C completions (for KTO
 C = b; for DPO C = 2b, chosen and rejected in turn), with N completion tokens in all, prompts not
@@ -137,7 +138,7 @@ class Examples(Sequence):
     Columns, with one value for each example:
         length: tokens of the prompt and the longest completion.
         num_tokens: tokens of the prompt and all completions.
-        prompt_number: equal for equal prompts, as they are before they are cut.
+        prompt_number: equal for examples whose prompts are equal before they are cut.
         record_number: which record of the data the example was made from. Examples of one record
             have the same prompt.
         was_cut: whether tokens were cut off, to keep within --max_length.
@@ -175,7 +176,8 @@ class Examples(Sequence):
 
         Args:
             number: of the record.
-            completions: the names of the completions of each example, such as ("chosen",).
+            completions: the names of the completions of each example. DPO adds one example,
+                [("chosen", "rejected")]; KTO two, [("chosen",), ("rejected",)].
             labels: of each example: whether it is desirable.
         """
         names = list(itertools.chain.from_iterable(completions))
@@ -186,7 +188,12 @@ class Examples(Sequence):
         prompt_length, was_cut = cut
         for names_of_example, desirable in zip(completions, labels, strict=True):
             example = MappedExample(
-                self.records, self._config, number, prompt_length, names_of_example, number
+                self.records,
+                self._config,
+                number=number,
+                prompt_length=prompt_length,
+                names=names_of_example,
+                completion_number=number,
             )
             self.append(example, number, was_cut, desirable)
 

@@ -21,16 +21,16 @@ github.com/ContextualAI/HALOs with the authors' code; the KTO paper is arXiv 240
     but its estimate can be.
  3. The reference point is a constant of the loss, like z_ref in equation (6): no gradient flows
     through it. Otherwise each example would also train the examples of the other class, through
-    their mean. The report does not say; in the authors' code of the time, gradient flowed through
-    it, in the KTO paper it does not.
+    their mean. The report does not say. In the authors' code of the time, gradient flowed through
+    it; in the KTO paper it does not.
  4. The reference point is estimated over the global batch, of all processes and all micro-batches.
     The report has the other half of a minibatch, the authors' code that of one process.
  5. The two class weights and --kl mismatched are from the KTO paper. The paper mismatches neighbors
     in a minibatch; here the pairing is drawn once for the whole data set.
  6. Where the data has more of one class, the other class repeats, so that every batch is half
-    desirable, half undesirable. So the paper's rule for class weights holds for desirable_weight /
-    undesirable_weight itself, whatever the balance of the data: it should be within 1 and 4/3 (in
-    the paper's ICML version, 1 and 3/2).
+    desirable, half undesirable. The paper's rule for class weights multiplies them by the numbers
+    of examples, which are equal here. So desirable_weight / undesirable_weight itself should be
+    between 1 and 4/3 (ICML version of the paper: 3/2), whatever the balance of the data.
 
     python kto.py --model toy --data toy --lr 2e-4 --warmup_steps 10 --out runs/kto
     torchrun --nproc_per_node=8 kto.py --model pythia-1.4b
@@ -200,7 +200,10 @@ def make_examples(records: common.TokenizedRecords, config: Config) -> common.Ex
 
 
 def draw_mismatched(examples: common.Examples, config: Config) -> common.Examples:
-    """Each example's prompt with a completion drawn from the examples of other prompts."""
+    """Each example's prompt with a completion drawn from the examples of other prompts.
+
+    The completion is cut to the room that the prompt leaves, also that of a conversation.
+    """
     if len(examples) > 0 and len(set(examples.prompt_number)) < 2:
         raise common.UserError(
             f"--data {common.data_name(config)}: --kl mismatched needs two different prompts to "

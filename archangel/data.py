@@ -132,9 +132,9 @@ def hh(raw_records: Iterable[dict], counts: Counts, seed: int = 1) -> Iterator[R
 def oasst(raw_records: Iterable[dict], counts: Counts, seed: int = 1) -> Iterator[Record]:
     """OpenAssistant: every set of ranked English replies to a message gives its adjacent pairs.
 
-    The prompt is the conversation from the root; rank 0 is best. The SFT target is the best reply
-    (the authors' code took the worst). `n` ranked replies give `n - 1` records. The assistant's
-    replies are counted.
+    The prompt is the conversation from the root; rank 0 is best. The SFT target is the best reply.
+    (The authors' code took the rejected reply of the pair that was read last.) `n` ranked replies
+    give `n - 1` records. The assistant's replies are counted.
 
     raw_records: exported trees, or the hub's flat messages.
     """

@@ -40,7 +40,7 @@ from archangel.records import (
 )
 from archangel.tokens import COMPLETIONS, LeftOut, RecordEncoder, TokenizedRecord
 
-MAX_TEST_RECORDS = 512  # held-out records that are evaluated
+MAX_TEST_RECORDS = 512  # held-out records that are evaluated (HALOs)
 
 
 # -------------------------------------------------------------------------------- what is counted
