@@ -16,6 +16,7 @@ import transformers
 from helpers import change_json, command_here, copy_toy_model, error_line, fork, to_flags
 from transformers.models.llama4 import Llama4TextConfig
 
+import kto
 from archangel import run
 
 PAIR = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello.", "rejected": " Go."}
@@ -250,3 +251,20 @@ def test_settings_without_a_comment(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "(default: 0.5)" in printed
     assert "passes over the data (default: 1)" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "data"),
+    [
+        ([], "archangel"),
+        (["--data", "a.jsonl"], "a.jsonl"),
+        (["--data", "a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"]),
+        (["--data", "a.jsonl", "--lr", "1", "--data", "b.jsonl"], ["a.jsonl", "b.jsonl"]),
+    ],
+)
+def test_several_data_files(words, data, monkeypatch):
+    """Behind one flag, as a shell writes a glob, or behind several."""
+    monkeypatch.setattr(sys, "argv", ["kto.py", "--model", "toy", *words])
+    config = run.parse_args(kto.Config, "")
+    assert config.data == data
+    assert run.data_name(config) == " ".join([data] if isinstance(data, str) else data)
