@@ -8,6 +8,7 @@ color of the method alone, and is hatched.
 """
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -247,7 +248,7 @@ def ablation(numbers: dict, path: Path, title: str) -> None:
     model_names = {row["model"] for row in chosen}
     models = [model for model in by_size(numbers) if model["name"] in model_names]
     values = list(dict.fromkeys(row["value"] for row in chosen))
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(max(6, 1.3 * len(values)), 3.6), layout="constrained")
     axes = figure.add_subplot()
     for number, model in enumerate(models):
         color = MODEL_COLORS[number % len(MODEL_COLORS)]
@@ -258,7 +259,9 @@ def ablation(numbers: dict, path: Path, title: str) -> None:
                 x = values.index(row["value"]) + shift
                 over_seeds(axes, x, row["win_rate_minus_half"], color, label)
                 label = None  # once in the legend
-    axes.set_xticks(range(len(values)), values)
+    # Wrapped, so that the names of six values do not overlap.
+    labels = [textwrap.fill(value, width=70 // len(values)) for value in values]
+    axes.set_xticks(range(len(values)), labels)
     axes.set_xlim(-0.5, len(values) - 0.5)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel(title)
