@@ -131,14 +131,13 @@ def find_sources(data: str | Sequence[str], needs_train: bool = True) -> dict[st
     files = find_files(names)
     if files:
         return {"train": Source(", ".join(names), files)}
-    (name,) = names
-    if Path(name).is_dir():
-        path, config, split = name, "", ""
-    else:
-        parts = name.split(":")
-        if len(parts) > 3:
-            raise UserError(f"--data {name}: has more than NAME:CONFIG:SPLIT")
-        path, config, split = [*parts, "", ""][:3]
+    name = names[0]  # find_files raises an error for several that are not all files
+    parts = [name] if Path(name).is_dir() else name.split(":")
+    if len(parts) > 3:
+        raise UserError(f"--data {name}: has more than NAME:CONFIG:SPLIT")
+    path = parts[0]
+    config = parts[1] if len(parts) > 1 else ""
+    split = parts[2] if len(parts) > 2 else ""
     splits = find_splits(name, path, config)
     train = split or "train"
     sources = {}

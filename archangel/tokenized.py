@@ -14,7 +14,7 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from archangel.records import (
 )
 from archangel.tokens import COMPLETIONS, LeftOut, RecordEncoder, TokenizedRecord
 
+CHUNK_SIZE = 1000  # records that the tokenizer encodes at once, in parallel
 MAX_TEST_RECORDS = 512  # held-out records that are evaluated (HALOs)
 
 
@@ -349,20 +350,19 @@ def write_tokens(
     num_with_special_text = 0
     num_with_earlier_answers = 0
     digest = hashlib.sha256()
-    records = iter(progress(records, "tokenize"))
     with pa.ipc.new_file(sink, SCHEMA) as writer:
-        while chunk := list(itertools.islice(records, 1000)):
-            written = []
+        for chunk in in_chunks(progress(records, "tokenize"), CHUNK_SIZE):
+            rendered = []
             for where, record, not_read in chunk:
                 formats.add(format_of(record), where)
                 columns_not_read |= not_read
                 try:
-                    written.append((where, record, encoder.render(record)))
+                    rendered.append((where, record, encoder.render(record)))
                 except LeftOut as reason:
                     left_out.add(str(reason), where)
             rows = []
-            tokenized = encoder.encode([texts for _, _, texts in written])
-            for (where, record, texts), tokens in zip(written, tokenized):
+            tokenized = encoder.encode([texts for _, _, texts in rendered])
+            for (where, record, texts), tokens in zip(rendered, tokenized):
                 if isinstance(tokens, LeftOut):
                     left_out.add(str(tokens), where)
                     continue
@@ -387,6 +387,15 @@ def write_tokens(
         "prefix_tokens": len(encoder.prefix_ids),
         "sha256": digest.hexdigest(),
     }
+
+
+def in_chunks(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of the next `size` items each; the last one may be shorter."""
+    items = iter(items)
+    chunk = list(itertools.islice(items, size))
+    while chunk:
+        yield chunk
+        chunk = list(itertools.islice(items, size))
 
 
 def make_row(where: str, record: Record, tokens: TokenizedRecord) -> dict:
