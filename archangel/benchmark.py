@@ -89,6 +89,7 @@ class Config:
     max_length: int = 512  # tokens of a prompt and a completion together, at most
     lr: float = 1e-6  # learning rate
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs
+    turn_seconds: int = 3600  # a contender whose reference pass or step takes longer is ended
     seed: int = 1  # of the data and the weights
     out: str = "runs/benchmark"  # folder for the report, as JSON
 
@@ -102,6 +103,7 @@ class Config:
         minima = {
             "steps": WARMUP_STEPS,  # the warm-up uses the first batches
             "other_steps": 1,
+            "turn_seconds": 1,
             "batch_size": 1,
             "max_length": 64,
             "seed": 0,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
@@ -123,7 +124,10 @@ def ours(connection, config, folder: Path, records_path: Path, name: str, stage:
     common.check_model_and_choose_layout = check_model_and_choose_layout
     common.add_reference_logps = add_reference_logps
     common.Run.log = log
-    script.train(make_script_config(script, config, folder, records_path, name, stage))
+    try:
+        script.train(make_script_config(script, config, folder, records_path, name, stage))
+    finally:
+        dist.destroy_process_group()
 
 
 def leave_out_ideas(policy: common.Policy, run: common.Run, stage: Stage) -> None:

@@ -185,12 +185,13 @@ def take_turns_together(
                 if turn < 1 + WARMUP_STEPS + contender.num_steps:
                     # Turn 1 is the first step, in warm-up. Counting its operations takes time.
                     order = "count" if turn == 1 else "go"
-                    reply = ask(connections[contender.name], order, contender.name)
+                    connection = connections[contender.name]
+                    reply = ask(connection, order, contender.name, config.turn_seconds)
                     metrics[contender.name].append(reply)
         for connection in connections.values():
             connection.send("leave")
         for process in processes:
-            process.join()
+            process.join(timeout=60)
     finally:
         # After an error, the others still wait. A training script would not end on SIGTERM.
         for process in processes:
@@ -199,10 +200,17 @@ def take_turns_together(
     return metrics
 
 
-def ask(connection, order: str, name: str) -> dict:
-    """Give a contender its turn, and return what it tells. Raises UserError if it has ended."""
+def ask(connection, order: str, name: str, time_limit: float) -> dict:
+    """Give a contender its turn, and return what it tells.
+
+    Raises UserError if it has ended, or is not done after time_limit seconds.
+    """
     try:
         connection.send(order)
+        if not connection.poll(time_limit):
+            raise UserError(
+                f"{name}: not done after {time_limit:g} seconds; give more --turn_seconds"
+            )
         return connection.recv()
     except (EOFError, OSError):
         raise UserError(f"{name}: ended early; its error stands above") from None

@@ -48,24 +48,25 @@ class SeededTopP(LogitsProcessor):
     """Top-p sampling for a decoder that takes the largest score (`do_sample=False`).
 
     The index of the largest log-probability plus Gumbel noise is a draw from the distribution. Each
-    prompt has its own generator, on the CPU, seeded by (seed, prompt). So its t-th draw is always
-    the same.
+    prompt has its own generator, seeded by (seed, prompt). So its t-th draw is always the same, on
+    the same kind of device: a GPU's generator gives other numbers than a CPU's.
     """
 
-    def __init__(self, prompts: Sequence[str], seed: int, top_p: float):
+    def __init__(self, prompts: Sequence[str], seed: int, top_p: float, device: torch.device):
         self.top_p = TopPLogitsWarper(top_p)
         self.generators = []
         for prompt in prompts:
             digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
-            self.generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:6], "big")))
+            generator = torch.Generator(device)
+            self.generators.append(generator.manual_seed(int.from_bytes(digest[:6], "big")))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Add noise to scores (B, V); scores outside of the top p become -inf."""
-        exponential = torch.empty(scores.shape)
+        exponential = torch.empty(scores.shape, device=scores.device)
         for noise_of_prompt, generator in zip(exponential, self.generators, strict=True):
             noise_of_prompt.exponential_(generator=generator)
         # Minus the logarithm of an exponential variable is a Gumbel variable.
-        return self.top_p(input_ids, scores) - exponential.log().to(scores.device)
+        return self.top_p(input_ids, scores) - exponential.log()
 
 
 def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -239,7 +240,8 @@ def sample(
             padding = longest - length
             input_ids.append([eos] * padding + prompts_ids[index])
             attention_mask.append([0] * padding + [1] * length)
-        noise = SeededTopP([prompts[index]["prompt"] for index in batch], seed, top_p)
+        texts = [prompts[index]["prompt"] for index in batch]
+        noise = SeededTopP(texts, seed, top_p, model.device)
         output = model.generate(
             input_ids=torch.tensor(input_ids, device=model.device),  # (B, T)
             attention_mask=torch.tensor(attention_mask, device=model.device),  # (B, T)

@@ -68,7 +68,7 @@ def test_seeded_top_p():
     """Its draws have the distribution of top-p sampling."""
     scores = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     prompts = [f"prompt {number}" for number in range(4000)]
-    noise = sample.SeededTopP(prompts, seed=0, top_p=0.9)
+    noise = sample.SeededTopP(prompts, seed=0, top_p=0.9, device=torch.device("cpu"))
     drawn = noise(None, scores.expand(4000, 4)).argmax(-1)
     shares = drawn.bincount(minlength=4) / 4000
     # 0.5 + 0.3 is below 0.9, so the third can be drawn, the fourth cannot.
