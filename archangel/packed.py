@@ -39,8 +39,8 @@ class PackedLayout:
         """Arrange examples as one sequence of T tokens.
 
         Returns:
-            inputs: keyword arguments of the model: input_ids and position_ids, (1, T) each, and
-                what the attention functions below need.
+            inputs: keyword arguments of the model: input_ids and position_ids, (1, T) each, still
+                on the CPU; and what the attention functions below need on this device.
             predictors: (N,) positions whose hidden states predict the completion tokens.
         """
         input_ids = []
@@ -68,8 +68,8 @@ class PackedLayout:
         input_ids.append(torch.zeros(padding, dtype=torch.long))
         position_ids.append(torch.zeros(padding, dtype=torch.long))
         inputs = {
-            "input_ids": torch.cat(input_ids)[None].to(device),
-            "position_ids": torch.cat(position_ids)[None].to(device),
+            "input_ids": torch.cat(input_ids)[None],
+            "position_ids": torch.cat(position_ids)[None],
         }
         if torch.device(device).type == "cpu":
             inputs["segment_lengths"] = lengths
@@ -104,6 +104,9 @@ def use_packed_attention(model: PreTrainedModel, device: torch.device) -> None:
     name = "packed" if device.type == "cpu" else "packed_flex"
     if name == "packed_flex" and not model._supports_flex_attn:
         raise ValueError("the model does not support flex attention")
+    if name == "packed_flex":
+        # Else torch falls back to dense attention when it has compiled for too many sizes.
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:  # transformers only logs that it refused
         raise ValueError("the model supports no attention but its own")

@@ -37,7 +37,7 @@ import transformers
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -235,10 +235,11 @@ def load_language_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         config._attn_implementation = "eager"
     without_weights = build_without_weights(config, dtype)
-    if without_weights.base_model is without_weights:
+    head = without_weights.get_output_embeddings()
+    if without_weights.base_model is without_weights or not isinstance(head, nn.Linear):
         raise UserError(
-            f"--model {path}: {config.model_type} does not separate its output head from its "
-            "transformer (base_model is the model itself), which this trainer needs"
+            f"--model {path}: {config.model_type} does not end in a transformer and one linear "
+            "layer for the logits (base_model, get_output_embeddings), which this trainer needs"
         )
     try:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
@@ -550,20 +551,28 @@ class Run:
                 partial.write_text(json.dumps(self.info, indent=2) + "\n")
                 partial.rename(path)
 
-    def read_tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors that write_tensors wrote; empty if there are none, or the file is damaged."""
-        path = self.folder / name
+    def read_tensors(self, name: str, arithmetic: str) -> dict[str, Tensor]:
+        """The tensors that write_tensors wrote, with the same `arithmetic`.
+
+        Empty if there are none, if they were computed in another way or if the file is damaged.
+        """
         try:
-            return load_file(path)
+            with safe_open(self.folder / name, "pt") as file:
+                if file.metadata() != {"arithmetic": arithmetic}:
+                    return {}
+                return {key: file.get_tensor(key) for key in file.keys()}
         except (FileNotFoundError, SafetensorError):
             return {}
 
-    def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Write tensors into the folder, the whole file or nothing."""
+    def write_tensors(self, name: str, tensors: dict[str, Tensor], arithmetic: str) -> None:
+        """Write tensors into the folder, the whole file or nothing.
+
+        arithmetic: how they were computed; see common.arithmetic.
+        """
         path = self.folder / name
         partial = path.with_name(name + ".partial")
         with writing(path):
-            save_file(tensors, partial)
+            save_file(tensors, partial, metadata={"arithmetic": arithmetic})
             partial.rename(path)
 
     # ------------------------------------------------------------------------------ the metrics

@@ -219,22 +219,21 @@ def test_head_chunks(chunk_size, with_gradient, monkeypatch):
     model = cached_model("gpt_neox")
     plain = plain_logps(model, RAGGED).detach()
     num_seen = []
+    head_logits = common.head_logits
 
-    def count(module, inputs, output) -> None:
-        num_seen.append(inputs[0].shape[:-1].numel())
+    def count(head, hidden):
+        num_seen.append(len(hidden))
+        return head_logits(head, hidden)
 
     max_logits = chunk_size * VOCAB_SIZE + 1
     # Without gradient it takes an eighth.
     monkeypatch.setattr(common, "MAX_LOGITS", max_logits if with_gradient else 8 * max_logits)
-    hook = model.get_output_embeddings().register_forward_hook(count)
-    try:
-        with torch.set_grad_enabled(with_gradient):
-            logps = completion_logps(model, make_batch(RAGGED))
-        num_in_forward = sum(num_seen)
-        if with_gradient:
-            logps.sum().backward()
-    finally:
-        hook.remove()
+    monkeypatch.setattr(common, "head_logits", count)
+    with torch.set_grad_enabled(with_gradient):
+        logps = completion_logps(model, make_batch(RAGGED))
+    num_in_forward = sum(num_seen)
+    if with_gradient:
+        logps.sum().backward()
     torch.testing.assert_close(logps.detach(), plain, atol=1e-4, rtol=0)
     assert num_in_forward == len(plain)
     assert max(num_seen) == min(chunk_size, len(plain))

@@ -183,11 +183,17 @@ def test_divide(layout, lengths, max_tokens, num_processes):
         for places in shares:
             assert len(places) <= 1 or num_tokens(places) <= max_tokens
 
-    # No more micro-batches than needed: the next round of examples exceeds the limit somewhere.
-    for shares, next_shares in zip(micro_batches, micro_batches[1:]):
-        next_round = zip(shares, next_shares)
-        exceeds = [num_tokens(places + more[:1]) > max_tokens for places, more in next_round]
-        assert any(exceeds)
+    # No more micro-batches than needed: as many as if each took all that it can.
+    in_order = []  # for each process, its examples, the largest first
+    for process in range(num_processes):
+        in_order.append([place for shares in micro_batches for place in shares[process]])
+    num_needed = 1
+    start = 0
+    for stop in range(1, len(in_order[0]) + 1):
+        if stop - start > 1 and any(num_tokens(own[start:stop]) > max_tokens for own in in_order):
+            num_needed += 1
+            start = stop - 1
+    assert len(micro_batches) == num_needed
 
     # Balance: in every micro-batch, and in all of them, loads differ by one example at most.
     total_loads = [0] * num_processes
@@ -217,7 +223,7 @@ def divide_lengths(
 
 def test_divide_equal_examples():
     assert divide_lengths([(7, 3)] * 8, 40, 2) == [[[0, 2, 4, 6], [1, 3, 5, 7]]]
-    assert divide_lengths([(7, 3)] * 9, 40, 2) == [[[0, 2, 4, 6], [1, 3, 5, 7]], [[8], []]]
+    assert divide_lengths([(7, 3)] * 9, 40, 2) == [[[0, 2, 4], [1, 3, 5]], [[6, 8], [7]]]
     assert divide_lengths([(7, 3)] * 3, 39, 1) == [[[0, 1, 2]]]
     assert divide_lengths([(7, 3)] * 3, 29, 1) == [[[0, 1]], [[2]]]
 
@@ -228,7 +234,19 @@ def test_divide_by_size():
     assert divide_lengths(lengths, 200, 2) == [[[1, 2], [3, 0]]]
     assert divide_lengths(lengths, 110, 2) == [[[1], [3]], [[2], [0]]]
     assert divide_lengths(lengths, 200, 1) == [[[1, 3, 2, 0]]]
-    assert divide_lengths(lengths, 179, 1) == [[[1, 3, 2]], [[0]]]
+    assert divide_lengths(lengths, 179, 1) == [[[1]], [[3, 2, 0]]]
+
+
+def test_divide_evenly():
+    """Filled to the limit one by one, they would have 8,160 and 1,120 tokens."""
+    micro_batches = divide_lengths([(160, 80, 80)] * 29, 8192, 1)
+    assert [320 * len(places) for [places] in micro_batches] == [4800, 4480]
+    # In five, the smallest has more than a third of the largest; filled one by one, a ninth.
+    lengths = [(length, 10) for length in range(10, 200)]
+    micro_batches = divide_lengths(lengths, 5100, 1)
+    loads = [sum(20 + place for place in places) for [places] in micro_batches]
+    assert len(loads) == 5
+    assert min(loads) > max(loads) / 3
 
 
 def test_divide_an_example_above_the_limit():

@@ -83,6 +83,27 @@ def test_forty_steps_in_float32(script, data, tmp_path):
     torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
 
 
+def test_bfloat16_on_two_processes(data, tmp_path):
+    """Sharded, weights are rounded before they are used. That adds little to the other rounding.
+
+    Measured: on one process 0.0006 nats per token from float32, on two processes 0.0007.
+    """
+    logps = {}
+    for name, processes, dtype in (
+        ("exact", 0, "float32"),
+        ("one", 0, "bfloat16"),
+        ("two", 2, "bfloat16"),
+    ):
+        settings = {**BASE, "max_steps": 1, "data": data, "dtype": dtype}
+        run_forked("dpo", tmp_path / name, processes=processes, **settings)
+        file = load_file(tmp_path / name / "reference_logps_test.safetensors")
+        logps[name] = file["logps"]
+    error_of_one = (logps["one"] - logps["exact"]).abs().mean()
+    error_of_two = (logps["two"] - logps["exact"]).abs().mean()
+    assert 1e-5 < error_of_one < 2e-3
+    assert error_of_two < 1.5 * error_of_one
+
+
 def save_llama(folder: Path, head: str) -> str:
     """A small Llama with the toy's tokenizer and generation settings of its own.
 

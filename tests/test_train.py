@@ -1,6 +1,7 @@
 """The trainers as programs: metrics, memory limits, the reference pass, the export."""
 
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from helpers import (
     write_records,
     write_toy_folder,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -382,7 +384,10 @@ def test_reference_pass_shares_prompts(kl, completions, small_data, tmp_path, mo
 
 
 def test_reference_that_is_damaged_or_stale(small_data, tmp_path, monkeypatch, capsys):
-    """A damaged file is computed again. One of another model gives a warning in the first step."""
+    """A damaged file is computed again, and one that was computed in another way.
+
+    One of another model gives a warning in the first step.
+    """
     settings = {**BASE, "max_steps": 2, "warmup_steps": 1, "data": small_data}
     straight = train_here("dpo", tmp_path / "straight", **settings)
     out = tmp_path / "run"
@@ -401,13 +406,25 @@ def test_reference_that_is_damaged_or_stale(small_data, tmp_path, monkeypatch, c
     assert_same_metrics(straight, resumed, 0)
     assert "warning" not in capsys.readouterr().err
 
-    for checkpoint in (out / "checkpoints").iterdir():
-        checkpoint.rename(tmp_path / "no_checkpoint")
-    change_json(out / "run.json", finished=False)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"arithmetic": "cpu, torch.float32, one process, PackedLayout"}
     logps = load_file(path)["logps"]
-    save_file({"logps": logps - 0.01}, path)
-    train_here("dpo", out, resume=True, **settings)
-    assert "warning: in the first step, policy and reference differ" in capsys.readouterr().err
+    for arithmetic in (
+        "NVIDIA H100 80GB HBM3, torch.float32, one process, PackedLayout",
+        "cpu, bfloat16, one process, PackedLayout",
+        "cpu, torch.float32, sharded, PackedLayout",
+        "cpu, torch.float32, one process, PaddedLayout",
+        "cpu, torch.float32, one process, PackedLayout",
+    ):
+        for checkpoint in (out / "checkpoints").iterdir():
+            shutil.rmtree(checkpoint)
+        change_json(out / "run.json", finished=False)
+        save_file({"logps": logps - 0.01}, path, {"arithmetic": arithmetic})
+        train_here("dpo", out, resume=True, **settings)
+        is_the_same = arithmetic == "cpu, torch.float32, one process, PackedLayout"
+        warning = "warning: in the first step, policy and reference differ"
+        assert (warning in capsys.readouterr().err) is is_the_same
+        assert (path.read_bytes() == whole) is not is_the_same
 
 
 # ------------------------------------------------------------------------------- a model's weights
