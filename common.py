@@ -20,7 +20,8 @@ C = b; for DPO C = 2b, chosen and rejected in turn), with N completion tokens in
 counted. The model sees R sequences of T tokens, prompts and padding included. H is the hidden size,
 V the vocabulary size. Log-probabilities ("logps") are in nats. Weights are in run.dtype, float32 or
 float64. With run.bfloat16, matrix products are in bfloat16 (autocast); with several processes, so
-are all weights during the forward and the backward pass (FSDP).
+are all weights during the forward and the backward pass (FSDP). The residual stream (the sum of
+what the layers add) and the logits are in float32 all the same.
 """
 
 import itertools

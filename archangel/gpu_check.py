@@ -11,6 +11,10 @@ OUT/gpu_check.jsonl. archangel/GPU.md says what the lines mean. The stages, in t
     speed       training steps of a model of Pythia-1.4B's shape, with random weights
     trl         the same for DPO beside TRL's trainer, where TRL is installed
 
+and, only if it is asked for by --stages variants,
+
+    variants    DPO's steps with ideas that may be faster, of archangel/gpu_variants.py
+
 Each stage runs in a process of its own with a time limit. So a stage that fails, crashes or hangs
 does not stop the later ones, and its GPU memory is free again. What a stage writes to stderr is in
 OUT/STAGE.log. The exit status is 0 if all is well, and 1 if something failed.
@@ -40,9 +44,11 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -53,7 +59,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 import common
 from archangel import packed
 from archangel.errors import exit_status
+from archangel.gpu_variants import VARIANTS
 from archangel.records import TOY
+from archangel.run import build_without_weights
 from archangel.workload import (
     SHAPES,
     Shape,
@@ -79,7 +87,7 @@ ENVIRONMENT = {
 }
 
 # Seconds after which a stage is ended. All stages together have --seconds.
-TIME_LIMITS = {"numerics": 110, "toy": 110, "speed": 150, "trl": 170}
+TIME_LIMITS = {"numerics": 110, "toy": 110, "speed": 150, "trl": 170, "variants": 345}
 
 # bfloat16 floating-point operations per second of dense matrix products, from NVIDIA's data sheets.
 NOMINAL_RATES = {
@@ -161,6 +169,10 @@ def numerics(check: Check) -> None:
     check.report("matmul", flops_per_second=matmul_rate(device), nominal=nominal_rate(device))
     check.report("copy", bytes_per_second=copy_rate(device, 2**26 if check.small else 2**30))
 
+    if device.type == "cuda":
+        with check.surviving("allocator"):
+            check_allocator(check)
+
     shape = dataclasses.replace(SHAPES["pythia-1.4b"], layers=4)
     if check.small:
         shape = SHAPES["tiny"]
@@ -170,6 +182,7 @@ def numerics(check: Check) -> None:
         examples.append(common.Example(example["prompt_ids"], example["completions_ids"]))
 
     lm.to("cpu")
+    torch.set_float32_matmul_precision("highest")
     expected = {}  # number of examples -> log-probabilities and gradients
     for num_examples in (2, 4, 8):
         logps, gradients = logps_and_gradients(
@@ -180,16 +193,34 @@ def numerics(check: Check) -> None:
     lm.to(device)
 
     packed.use_packed_attention(lm, device)  # which leaves padded sequences as they were
+    with one_process_group(device):
+        compare_all(check, lm, make_sharded_policy(lm, device), examples, expected)
+
+
+def compare_all(
+    check: Check,
+    lm: nn.Module,
+    sharded_policy: common.Policy,
+    examples: Sequence[common.Example],
+    expected: dict[int, tuple[Tensor, list[Tensor]]],
+) -> None:
+    """Report the differences of each number format in each layout.
+
+    expected: by number of examples, log-probabilities and gradients in float32 on the CPU.
+    """
     # Packed float32 comes last. Its kernels need the most shared memory, and training needs them
     # with --dtype float32 only.
-    for dtype, layout_name in (
-        ("float32", "padded"),
-        ("bfloat16", "padded"),
-        ("bfloat16", "packed"),
-        ("float32", "packed"),
+    for dtype, layout_name, is_sharded in (
+        ("float32", "padded", False),
+        ("bfloat16", "padded", False),
+        ("bfloat16", "packed", False),
+        ("bfloat16", "packed", True),
+        ("float32", "packed", False),
     ):
         with check.surviving(f"{dtype} {layout_name}"):
-            policy = common.Policy(lm, bfloat16=dtype == "bfloat16")
+            bfloat16 = dtype == "bfloat16"
+            torch.set_float32_matmul_precision("medium" if bfloat16 else "highest")
+            policy = sharded_policy if is_sharded else common.Policy(lm, bfloat16)
             layout = common.PaddedLayout() if layout_name == "padded" else packed.PackedLayout()
             # Flex attention is compiled for the first size, for all sizes at the second, and then
             # not again.
@@ -202,6 +233,7 @@ def numerics(check: Check) -> None:
                     "difference",
                     dtype=dtype,
                     layout=layout_name,
+                    sharded=is_sharded,
                     examples=num_examples,
                     **differences,
                     seconds=seconds,
@@ -231,6 +263,29 @@ def describe_machine(device: torch.device) -> dict:
     return facts
 
 
+# As common.start_run does it: after the import of torch, before the first use of the GPU.
+ALLOCATOR_PROGRAM = """
+import os
+import torch
+assert torch.cuda.is_available()
+os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+torch.zeros(1, device="cuda")
+print(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
+"""
+
+
+def check_allocator(check: Check) -> None:
+    """Whether torch still reads the allocator's settings when common.start_run makes them."""
+    environment = dict(os.environ)
+    environment.pop("PYTORCH_ALLOC_CONF", None)
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOCATOR_PROGRAM], env=environment, capture_output=True, text=True
+    )
+    check.report("allocator", expandable_segments=done.stdout.strip())
+    if done.stdout.strip() != "True":
+        check.fail("allocator", f"expandable_segments is not on; {done.stderr[-600:]}")
+
+
 def nominal_rate(device: torch.device) -> float | None:
     """The data sheet's bfloat16 operations per second; None for a device that is not listed."""
     if device.type != "cuda":
@@ -258,6 +313,37 @@ def make_random_model(shape: Shape, device: torch.device) -> GPTNeoXForCausalLM:
         return GPTNeoXForCausalLM(make_model_config(shape)).eval()
 
 
+@contextlib.contextmanager
+def one_process_group(device: torch.device) -> Iterator[None]:
+    """A process group of this process alone, as common.start_run makes it."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def make_sharded_policy(lm: nn.Module, device: torch.device) -> common.Policy:
+    """A copy of the model in bfloat16, sharded by FSDP as with several processes.
+
+    Here it is sharded over this process alone, so it has all of the weights. But they are rounded
+    to bfloat16 before they are used.
+    """
+    run = SimpleNamespace(
+        bfloat16=True,
+        dtype=torch.float32,
+        device=device,
+        info={},
+        config=SimpleNamespace(activation_checkpointing=False),
+    )
+    copy = build_without_weights(lm.config, torch.float32)
+    policy = common.prepare_policy(common.Policy(copy, bfloat16=True), run)
+    packed.use_packed_attention(copy, device)
+    common.shard(policy, lm, run)
+    return policy
+
+
 def logps_and_gradients(
     policy: common.Policy, examples: Sequence[common.Example], layout: common.Layout
 ) -> tuple[Tensor, list[Tensor]]:
@@ -270,7 +356,10 @@ def logps_and_gradients(
     factors = torch.randn(len(logps), generator=torch.Generator().manual_seed(0))
     (logps * factors.to(logps)).sum().backward()
     synchronize(device)
-    gradients = [parameter.grad for parameter in policy.parameters()]
+    gradients = []
+    for parameter in policy.parameters():
+        is_sharded = hasattr(parameter.grad, "full_tensor")
+        gradients.append(parameter.grad.full_tensor() if is_sharded else parameter.grad)
     policy.zero_grad()  # which leaves the tensors in `gradients` alone
     return logps.detach(), gradients
 
@@ -422,10 +511,12 @@ class SpeedCase:
     micro_batch_tokens: int
     settings: dict = dataclasses.field(default_factory=dict)
     with_profile: bool = False
+    variant: str = ""  # of archangel/gpu_variants.py
 
     def name(self) -> str:
         """A name for the output."""
-        return " ".join([self.method, str(self.micro_batch_tokens), *self.settings.values()])
+        name = " ".join([self.method, str(self.micro_batch_tokens), *self.settings.values()])
+        return f"{name}, {self.variant}" if self.variant else name
 
 
 SPEED_CASES = [
@@ -434,6 +525,17 @@ SPEED_CASES = [
     SpeedCase("kto", 16384, {"kl": "other_half"}),
     SpeedCase("kto", 16384, {"kl": "mismatched"}),
     SpeedCase("sft", 16384),
+]
+
+
+VARIANT_CASES = [
+    SpeedCase("dpo", 16384),
+    SpeedCase("dpo", 16384, variant="bfloat16 head"),
+    SpeedCase("dpo", 16384, variant="compiled optimizer"),
+    SpeedCase("dpo", 16384, {"optimizer": "adamw"}),
+    SpeedCase("dpo", 16384, {"optimizer": "adamw"}, variant="fused optimizer"),
+    SpeedCase("dpo", 16384, variant="varlen attention"),
+    SpeedCase("dpo", 16384, variant="compiled layers"),
 ]
 
 
@@ -461,7 +563,17 @@ SMALL_SPEED_SETTINGS = SpeedSettings(
 
 
 def speed(check: Check) -> None:
-    """Time the scripts' own training steps, each script on the same model.
+    """Time the scripts' own training steps."""
+    time_cases(check, SPEED_CASES)
+
+
+def variants(check: Check) -> None:
+    """Time DPO's training steps with ideas that may make them faster."""
+    time_cases(check, VARIANT_CASES)
+
+
+def time_cases(check: Check, cases: Sequence[SpeedCase]) -> None:
+    """Time each case on the same model.
 
     The model is made once, on the device. Two would need twice 5.3 GiB, and the time to make them.
     """
@@ -476,7 +588,7 @@ def speed(check: Check) -> None:
         parameters=sum(parameter.numel() for parameter in lm.parameters()),
         seconds=time.perf_counter() - start_time,
     )
-    for case in SPEED_CASES:
+    for case in cases:
         with check.surviving(case.name()):
             time_case(check, case, settings, lm, measured_rate)
         # The optimizer's state and the activations of this case are garbage now.
@@ -514,6 +626,7 @@ def time_case(
             **case.settings,
         )
         with (
+            VARIANTS[case.variant](check.device),
             mock.patch.object(script, "make_schedule", consecutive_batches),
             mock.patch.object(common, "load_policy", clock.load_policy),
             mock.patch.object(common, "add_reference_logps", clock.add_reference_logps),
@@ -731,7 +844,8 @@ def trl(check: Check) -> None:
 
 # -------------------------------------------------------------------------------------- the stages
 
-STAGES = {"numerics": numerics, "toy": toy, "speed": speed, "trl": trl}
+STAGES = {"numerics": numerics, "toy": toy, "speed": speed, "trl": trl, "variants": variants}
+DEFAULT_STAGES = ["numerics", "toy", "speed", "trl"]
 
 
 def run_here(name: str, small: bool, out: Path) -> bool:
@@ -821,8 +935,8 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stages",
         type=parse_stages,
-        default=list(STAGES),
-        help=f"which ones, separated by commas (default: {','.join(STAGES)})",
+        default=DEFAULT_STAGES,
+        help=f"which ones, separated by commas (default: {','.join(DEFAULT_STAGES)})",
     )
     parser.add_argument("--small", action="store_true", help="a tiny model and few steps")
     parser.add_argument(

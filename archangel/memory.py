@@ -10,7 +10,8 @@ The prediction adds up, for one of N processes:
                   on one GPU: bfloat16 copies of all weights
     activations   what the blocks keep for the backward pass, for every token of a micro-batch; with
                   --activation_checkpointing each block's input, and all of one block at a time
-    logits        of one chunk of the output head, and their gradient
+    logits        of one chunk of the output head; their gradient overwrites them. And with several
+                  processes the head's weights in float32, and their gradient
 It leaves out the allocator's fragments, NCCL's buffers and the CUDA context: 10% is kept for them.
 """
 
@@ -98,20 +99,20 @@ def predict(
         gathered = 0
 
     block_activations = tokens * width * KEPT_BYTES[config.model_type][number_bytes]
-    block_input = tokens * width * number_bytes
+    block_input = 4 * tokens * width  # the residual stream is in float32
     if checkpointing:
         activations = block_activations + num_layers * block_input
     else:
         activations = num_layers * block_activations
 
-    # Logits are float32, and their gradient overwrites them. With bfloat16 products the output of
-    # the head, and later its gradient, is another tensor.
-    logit_bytes = 4 if number_bytes == 4 else 4 + number_bytes
+    logits = 4 * min(4 * common.MAX_LOGITS, tokens * config.vocab_size)
+    if processes > 1 and number_bytes < 4:
+        logits += 2 * 4 * config.vocab_size * width
     return {
         "states": states / processes,
         "gathered": gathered,
         "activations": activations,
-        "logits": logit_bytes * min(common.MAX_LOGITS, tokens * config.vocab_size),
+        "logits": logits,
     }
 
 

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import helpers
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXForCausalLM
 
@@ -255,11 +255,12 @@ def take_turns_here(contender: Contender, config: Config, folder: Path) -> list[
             "TokenLogps",
         ):
             patch.setattr(common, name, getattr(common, name))
-        with helpers.one_process_group(), pytest.raises(SystemExit):
+        with pytest.raises(SystemExit):
             contender.run(
                 connection, config, folder, records_path, contender.name, contender.options
             )
     assert connection.orders == []
+    assert not dist.is_initialized()
     return connection.replies
 
 
@@ -403,8 +404,14 @@ def test_contender_fails(tmp_path, monkeypatch):
         Contender("second", some_contenders.fail, None, 1),
     ]
     with pytest.raises(UserError, match="second: ended early"):
-        benchmark_turns.take_turns(contenders, None, tmp_path, tmp_path)
+        benchmark_turns.take_turns(contenders, Config(model="tiny"), tmp_path, tmp_path)
     assert multiprocessing.active_children() == []
+
+
+def test_contender_hangs():
+    connection, _its_end = multiprocessing.Pipe()
+    with pytest.raises(UserError, match="ours: not done after 0.1 seconds.*--turn_seconds"):
+        benchmark_turns.ask(connection, "go", "ours", time_limit=0.1)
 
 
 def test_metrics_reported(tmp_path):

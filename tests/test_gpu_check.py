@@ -75,13 +75,18 @@ def test_machine(facts):
 def test_numerics(facts):
     """Each number format in each layout, over changing sizes."""
     lines = find(facts, "numerics", "difference")
-    for dtype, layout in (
-        ("float32", "padded"),
-        ("bfloat16", "padded"),
-        ("bfloat16", "packed"),
-        ("float32", "packed"),
+    for arrangement in (
+        ("float32", "padded", False),
+        ("bfloat16", "padded", False),
+        ("bfloat16", "packed", False),
+        ("bfloat16", "packed", True),
+        ("float32", "packed", False),
     ):
-        group = [line for line in lines if (line["dtype"], line["layout"]) == (dtype, layout)]
+        dtype = arrangement[0]
+        group = []
+        for line in lines:
+            if (line["dtype"], line["layout"], line["sharded"]) == arrangement:
+                group.append(line)
         assert [line["examples"] for line in group] == [2, 4, 8, 4]
         for line in group:
             assert line["seconds"] > 0
@@ -92,7 +97,7 @@ def test_numerics(facts):
             else:  # bfloat16 has about three digits
                 assert 1e-5 < line["logp_mean"] < line["logp_largest"] < 0.1
                 assert 1e-5 < line["gradient_relative"] < 0.05
-    assert len(lines) == 16
+    assert len(lines) == 20
 
 
 def test_toy(facts):
@@ -239,7 +244,7 @@ def test_stages_apart(tmp_path, monkeypatch, capfd):
     errors = [line for line in lines if "error" in line]
     assert {line["stage"] for line in errors} == {"trl"}
     assert "PackageNotFoundError" in errors[0]["error"]
-    assert len(find(lines, "numerics", "difference")) == 16
+    assert len(find(lines, "numerics", "difference")) == 20
     assert (tmp_path / "numerics.log").exists()
 
 
@@ -285,4 +290,4 @@ def test_unknown_stage(capsys):
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(["--stages", "numerics,lunch"])
     assert ended.value.code == 2
-    assert "'lunch' is not one of numerics, toy, speed, trl" in capsys.readouterr().err
+    assert "'lunch' is not one of numerics, toy, speed, trl, variants" in capsys.readouterr().err

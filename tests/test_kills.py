@@ -29,7 +29,7 @@ from helpers import (
 )
 
 LONG = bool(os.environ.get("HALOS_LONG"))
-SCRIPTS = ["sft", "dpo", "slic", "ppo_offline", "kto"] if LONG else ["dpo", "kto"]
+SCRIPTS = ["sft", "dpo", "slic", "ppo_offline", "kto"] if LONG else ["kto"]
 WITHOUT_REFERENCE = ["sft", "slic"]
 KILLS = 20 if LONG else 5  # of each script, at least
 NUM_STEPS = 12

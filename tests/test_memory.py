@@ -86,7 +86,7 @@ def test_predict():
     assert one["states"] == 4 * four["states"]
     assert one["activations"] == four["activations"] == 4 * 1000 * 256 * 38
     checkpointed = memory.predict(config, 1, 1000, checkpointing=True)
-    assert checkpointed["activations"] == 1000 * 256 * (38 + 4 * 2)
+    assert checkpointed["activations"] == 1000 * 256 * (38 + 4 * 4)
     adamw = memory.predict(config, 1, 1000, optimizer="adamw")
     assert adamw["states"] * 3 == one["states"] * 4
 
