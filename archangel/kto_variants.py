@@ -1,14 +1,30 @@
-"""KTO with other reference points, for the ablations. They are not recommended.
+"""KTO with other reference points, values and batches, for the ablations. None is recommended.
 
 kto.py measures each example against a constant, the mean log-ratio of the other half of the global
-batch. The authors' code of December 2023 did two things differently, and this file has both:
+batch. The authors' code of December 2023 did two things differently:
 
     --attached        the gradient also flows through the reference point
     --group_size 4    the reference point is of the other half of 4 examples, 2 of each class, as on
                       a process that computes 4 of a batch's examples
 
+kto.py maximizes the sigmoid of an example's gain. Other functions of the gain z take its place:
+
+    --value identity             z
+    --value log_sigmoid          log sigmoid(z)
+    --value equation_6           Kahneman and Tversky's value of z, equation (6) of the report with
+                                 alpha 0.88 and loss aversion 2.25, where |z|^alpha is smoothed to
+                                 (z^2 + e^2)^(alpha / 2) - e^alpha. Its slope at 0 is 0, and before
+                                 training all gains are 0
+    --value equation_6_shifted   the same, smoothed to (|z| + e)^alpha - e^alpha, whose slope at 0
+                                 is alpha e^(alpha - 1)
+
+with e = 0.1. Batches of kto.py are half desirable, half undesirable:
+
+    --class_balance data         batches have the class ratio of the data, as in the KTO paper, and
+                                 a run has as many steps as with kto.py's batches
+
 It is the loop of kto.py for one process, and for a batch that fits in one micro-batch. Held-out
-metrics are those of kto.py, with the reference point of a whole batch.
+metrics are those of kto.py, with its value and the reference point of a whole batch.
 
     python -m archangel.kto_variants --model toy --data toy --lr 2e-4 --warmup_steps 10 \\
         --attached --out runs/kto_attached
@@ -17,11 +33,17 @@ metrics are those of kto.py, with the reference point of a whole batch.
 import itertools
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 import common
 import kto
+
+ALPHA = 0.88  # equation (6), as Kahneman and Tversky found it
+LOSS_AVERSION = 2.25  # lambda in equation (6), likewise
+SMOOTHING = 0.1  # e, in units of the gain: of a reward
 
 
 @dataclass
@@ -30,6 +52,10 @@ class Config(kto.Config):
 
     attached: bool = False  # let the gradient flow through the reference point
     group_size: int = 0  # examples that share a reference point, half of each class; 0: the batch
+    value: Literal["sigmoid", "identity", "log_sigmoid", "equation_6", "equation_6_shifted"] = (
+        "sigmoid"  # what is maximized, as a function of the gain
+    )
+    class_balance: Literal["equal", "data"] = "equal"  # of the classes in a batch
 
     def __post_init__(self):
         super().__post_init__()
@@ -38,8 +64,30 @@ class Config(kto.Config):
                 f"--group_size {self.group_size}: must be even, and divide --batch_size "
                 f"{self.batch_size}"
             )
-        if self.kl != "other_half":
-            raise common.UserError(f"--kl {self.kl}: only other_half has variants here")
+        if self.kl != "other_half" and (self.attached or self.group_size > 0):
+            raise common.UserError(
+                f"--kl {self.kl}: --attached and --group_size are for other_half"
+            )
+        if self.class_balance == "data" and self.group_size > 0:
+            raise common.UserError("--group_size: needs --class_balance equal")
+
+
+# ------------------------------------------------------------------------------------- the batches
+
+
+def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
+    """The indices of the examples of every step, in batches as --class_balance says."""
+    equal = kto.make_schedule(examples, config)
+    if config.class_balance == "equal":
+        return equal
+    length = len(equal) * config.batch_size
+    order = common.shuffled_passes(len(examples), length, seed=(config.seed, 0))
+    return [
+        order[start : start + config.batch_size] for start in range(0, length, config.batch_size)
+    ]
+
+
+# ----------------------------------------------------------------------------- the reference point
 
 
 def find_groups(desirable: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -68,16 +116,35 @@ def reference_points(
     return points
 
 
-def attached_kto_loss(
+# --------------------------------------------------------------------------------------- the value
+
+
+def value_of(gains: torch.Tensor, name: str) -> torch.Tensor:
+    """What is maximized, of the same shape as gains. name: of a --value; see the module."""
+    if name == "sigmoid":
+        return torch.sigmoid(gains) - 1  # as in kto.kto_loss, which is 0 for the largest value
+    if name == "identity":
+        return gains
+    if name == "log_sigmoid":
+        return F.logsigmoid(gains)
+    if name == "equation_6":
+        power = (gains**2 + SMOOTHING**2) ** (ALPHA / 2) - SMOOTHING**ALPHA
+    else:
+        magnitude = torch.where(gains >= 0, gains, -gains)  # abs() has no gradient at 0
+        power = (magnitude + SMOOTHING) ** ALPHA - SMOOTHING**ALPHA
+    return torch.where(gains >= 0, power, -LOSS_AVERSION * power)
+
+
+def variant_loss(
     log_ratios: torch.Tensor, desirable: torch.Tensor, kl: torch.Tensor, config: Config
 ) -> torch.Tensor:
-    """kto.kto_loss (B,), with the gradient of the reference point kl (B,).
+    """Minus the weighted value of each example, (B,). For sigmoid it is kto.kto_loss.
 
-    kto_loss depends on log_ratios - kl alone, and detaches its argument kl. So kl is given in the
-    place of the reference model's log-probabilities, which it does not detach.
+    But it does not detach kl (B,).
     """
-    weights = (config.desirable_weight, config.undesirable_weight)
-    return kto.kto_loss(log_ratios, kl, desirable, 0.0, config.beta, *weights)
+    gains = config.beta * torch.where(desirable, log_ratios - kl, kl - log_ratios)
+    weights = torch.where(desirable, config.desirable_weight, config.undesirable_weight)
+    return -weights * value_of(gains, config.value)
 
 
 def train(config: Config) -> None:
@@ -89,7 +156,7 @@ def train(config: Config) -> None:
     train_set = kto.make_examples(records, config)
     test_set = kto.make_examples(test_records, config)
     run.check_examples(train_set, test_set)
-    schedule = kto.make_schedule(train_set, config)
+    schedule = make_schedule(train_set, config)
     run.check_run(train_set, test_set, schedule)
     if run.is_finished():
         return
@@ -124,10 +191,14 @@ def train(config: Config) -> None:
         log_ratios = (policy_logps - reference_logps)[order]  # (B,)
         desirable = kto.labels_of(train_set, batch, run)  # (B,)
 
-        kl = reference_points(log_ratios, desirable, find_groups(desirable, config.group_size))
+        if config.kl == "other_half":
+            groups = find_groups(desirable, config.group_size)
+            kl = reference_points(log_ratios, desirable, groups)  # (B,)
+        else:
+            kl = kto.estimate_kl(policy, train_set, batch, config, run)  # (B,)
         if not config.attached:
             kl = kl.detach()
-        losses = attached_kto_loss(log_ratios, desirable, kl, config)  # (B,)
+        losses = variant_loss(log_ratios, desirable, kl, config)  # (B,)
         losses.mean().backward()
 
         losses = losses.detach()
