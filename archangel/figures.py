@@ -241,15 +241,12 @@ def over_seeds(axes: Axes, x: float, summary: dict, color: str, label: str | Non
     axes.plot(x, mean, "o", color=color, label=label)
 
 
-@rc_context(STYLE)
-def ablation(numbers: dict, path: Path, title: str) -> None:
+def ablation(axes: Axes, numbers: dict, title: str) -> None:
     """Win rate minus one half for each value of one setting."""
     chosen = [row for row in numbers["ablations"] if row["ablation"] == title]
     model_names = {row["model"] for row in chosen}
     models = [model for model in by_size(numbers) if model["name"] in model_names]
     values = list(dict.fromkeys(row["value"] for row in chosen))
-    figure = Figure(figsize=(max(6, 1.3 * len(values)), 3.6), layout="constrained")
-    axes = figure.add_subplot()
     for number, model in enumerate(models):
         color = MODEL_COLORS[number % len(MODEL_COLORS)]
         shift = offset(number, len(models), width=0.5)
@@ -259,16 +256,30 @@ def ablation(numbers: dict, path: Path, title: str) -> None:
                 x = values.index(row["value"]) + shift
                 over_seeds(axes, x, row["win_rate_minus_half"], color, label)
                 label = None  # once in the legend
-    # Wrapped, so that the names of six values do not overlap.
-    labels = [textwrap.fill(value, width=70 // len(values)) for value in values]
-    axes.set_xticks(range(len(values)), labels)
+    axes.set_xticks(range(len(values)), values, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.5, len(values) - 0.5)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xlabel(title)
-    axes.set_ylabel("win rate against the\nchosen reply, minus 0.5")
+    axes.set_title(textwrap.fill(title, width=42), fontsize=11)
     axes.grid(axis="y", alpha=0.3)
     if len(models) > 1:
         axes.legend(frameon=False)
+
+
+@rc_context(STYLE)
+def ablations(numbers: dict, path: Path) -> None:
+    """All ablations in a grid, with equal scales."""
+    titles = list(dict.fromkeys(row["ablation"] for row in numbers["ablations"]))
+    num_columns = min(3, len(titles))
+    num_rows = -(-len(titles) // num_columns)
+    figure = Figure(figsize=(5 * num_columns, 3.7 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False)
+    for number, axes in enumerate(grid.flat):
+        if number < len(titles):
+            ablation(axes, numbers, titles[number])
+        else:
+            axes.set_visible(False)
+    for row in grid:
+        row[0].set_ylabel("win rate against the\nchosen reply, minus 0.5")
     save(figure, path)
 
 

@@ -26,7 +26,14 @@ from archangel.tokenized import tokenize
 from common import Examples, completion_logps, make_batch
 
 TABLES = {"data", "models", "methods", "ablations", "contradictory", "claims"}  # in numbers.json
-CAUTION = "A shop of a few hundred products says nothing about models of 1B to 30B."
+CAUTION = (
+    "**What a toy can and cannot say.** It can show that an effect exists at all in one small, "
+    "known world, that a setting is fragile there, and that the code does what an equation says. "
+    "It cannot show that an effect exists in models of 1B to 30B, or how large it is there. Nor "
+    "can it refute a claim about them: the toy's base model was trained on the very distribution "
+    "that both replies of a pair are drawn from, its judge is a rule without noise, and all its "
+    'replies are short. "Does not" below means: not here.'
+)
 Folders = dict[str, dict[int, Path]]  # arm to seed to the folder of its replies and verdicts
 
 
@@ -67,6 +74,9 @@ def tabulate(folders: Folders) -> dict[str, Table]:
             for seed, by_prompt in by_seed.items():
                 values = [float(by_prompt[prompt][measure]) for prompt in prompts]
                 table[arm][seed] = np.array(values)
+    tables["win_less_half"] = {}
+    for arm, by_seed in tables["win"].items():
+        tables["win_less_half"][arm] = {seed: wins - 0.5 for seed, wins in by_seed.items()}
     return tables
 
 
@@ -279,12 +289,12 @@ def draw(numbers: dict, out: Path) -> list[tuple[str, str]]:
         add("figure_3.png", f"Figure 3. {text}. Lines are 95% intervals.", figures.figure3)
         text = "KTO against DPO, with and without SFT before"
         add("figure_5.png", f"Figure 5. {text}. {bars}", figures.figure5)
-    lines = "Lines are one standard deviation over seeds (95% over prompts where one seed ran)"
-    titles = dict.fromkeys(row["ablation"] for row in numbers["ablations"])
-    for title in titles:
-        words = title.split(" (")[0].lower().replace("+", "_").split()
-        name = f"ablation_{'_'.join(words)}.png"
-        add(name, f"Ablation: {title}. {lines}; dots are seeds.", figures.ablation, title)
+    if numbers["ablations"]:
+        text = (
+            "Ablations of KTO, and of DPO's beta. Lines are one standard deviation over seeds (95% "
+            "over prompts where one seed ran); dots are seeds."
+        )
+        add("ablations.png", text, figures.ablations)
     if numbers["contradictory"]:
         text = "Contradictory labels: what share of probability the majority's reply ends with"
         add("contradictory.png", f"{text}. Dots are seeds.", figures.contradictory)
@@ -309,35 +319,45 @@ def seeds_range(summary: dict) -> str:
 
 
 def claims_table(records: Sequence[dict]) -> str:
-    """The claims in markdown, a column per model; effects in win rate, tokens or probability."""
-    models = list(dict.fromkeys(record["model"] for record in records))
-    cells = {}  # first columns of a row to model to cell
+    """The claims in markdown, a row for each claim and model.
+
+    Effects are in win rate, tokens or probability.
+    """
+    in_order = {}  # claim and contrast to the records of all models
     for record in records:
-        digits = 3
-        unit = ""
-        if record["measure"] == "tokens":
-            digits = 1
-            unit = " tokens"
-        cell = (
-            f"**{record['here']}**: {record['effect']:+.{digits}f}{unit}, "
-            f"{between(record['interval_95'], digits)}, p = {record['p_holm']:.2g}"
-        )
-        if "prompts_needed" in record:
-            cell += f"; {record['prompts_needed']} prompts needed"
-        first_columns = (
-            record["claim"],
-            record["source"],
-            record["contrast"],
-            f"{record['test']}, {record['kind']}",
-            str(record["prompts"]),
-            str(len(record["by_seed"])),
-        )
-        cells.setdefault(first_columns, {})[record["model"]] = cell
-    head = ["claim", "of", "contrast", "test", "prompts", "seeds", *models]
+        in_order.setdefault((record["claim"], record["contrast"]), []).append(record)
+    tested = {
+        "above": "> 0",
+        "par": f"within {statistics.MARGIN} of 0",
+        "not below": f"> -{statistics.MARGIN}",
+    }
+    head = "claim,who claims it,where,what is tested here,model,effect,95% interval,p,verdict"
     rows = []
-    for first_columns, cell_of_model in cells.items():
-        rows.append([*first_columns, *(cell_of_model.get(model, "") for model in models)])
-    return markdown_table(head, rows)
+    for records_of_claim in in_order.values():
+        for record in records_of_claim:
+            digits = 3
+            unit = ""
+            if record["measure"] == "tokens":
+                digits = 1
+                unit = " tokens"
+            verdict = f"**{record['here']}**"
+            if "prompts_needed" in record:
+                verdict += f"; {record['prompts_needed']} prompts needed"
+            rows.append(
+                [
+                    record["claim"],
+                    record["who"],
+                    record["where"],
+                    f"{record['contrast']} {tested[record['kind']]} ({record['test']}, "
+                    f"{record['prompts']} prompts, {len(record['by_seed'])} seeds)",
+                    record["model"],
+                    f"{record['effect']:+.{digits}f}{unit}",
+                    between(record["interval_95"], digits),
+                    f"{record['p_holm']:.2g}",
+                    verdict,
+                ]
+            )
+    return markdown_table(head.split(","), rows)
 
 
 def methods_table(rows: Sequence[dict]) -> str:
@@ -432,12 +452,12 @@ def report(numbers: dict, drawn: Sequence[tuple[str, str]], about: dict | None =
         if numbers["data"] == "toy":
             parts.append(CAUTION)
         parts += [
-            "The rules were fixed in `archangel/claims.py` before any result was seen: *above* is "
-            "a contrast above 0, *par* one within the margin of "
-            f"{numbers['margin']}, *not below* one above minus the margin; p-values are corrected "
-            "for their number (Holm), intervals hold 95%. Intervals and tests are over prompts; "
-            "*above* asks every seed too. *Needed* are the prompts that show a par, so corrected, "
-            "with a chance of 0.8 where two methods do not differ at all.",
+            "The rules were fixed in `archangel/claims.py` before any result was seen. An effect "
+            "is the contrast that is tested: of win rates where nothing else is said. p-values are "
+            "corrected for their number (Holm). Intervals and tests are over prompts; where a "
+            "contrast should be above 0, it must be so for every seed, too. *Needed* are the "
+            "prompts that would show a contrast within the margin at the corrected level, with a "
+            "chance of 0.8, if the methods did not differ at all.",
             claims_table(numbers["claims"]),
             "The report's claims on sizes (SFT+DPO is ahead at 30B) need its sizes.",
         ]
@@ -472,7 +492,7 @@ def together(several: Sequence[dict]) -> dict:
         "methods": ("model", "arm"),
         "ablations": ("model", "ablation", "value"),
         "contradictory": ("model", "share", "loss"),
-        "claims": ("model", "claim"),
+        "claims": ("model", "claim", "contrast"),
     }
     for table, keys in keys_of_tables.items():
         rows = {}

@@ -3,6 +3,7 @@
     python -m archangel.suite                                  # the toy, one seed, two cores
     python -m archangel.suite --experiment all --seeds 5       # and the ablations, all of it
     python -m archangel.suite --models report --dry_run        # the report's seven: the commands
+    python -m archangel.suite --experiment rates --out runs/rates   # how some rates were chosen
 
 It trains, samples and judges by the project's own commands, as a user would. With --dry_run it only
 prints them. A stage is one command, and each is run once: the SFT model serves three methods. If
@@ -45,7 +46,7 @@ from archangel.tokens import LeftOut, split_record
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("sft", "slic", "dpo", "sft+dpo", "ppo", "sft+ppo", "kto", "sft+kto")  # the report's
-EXPERIMENTS = ("methods", "ablations", "contradictory")
+EXPERIMENTS = ("methods", "ablations", "contradictory")  # all of them
 SCRIPTS = {
     "sft": "sft.py",
     "slic": "slic.py",
@@ -53,9 +54,10 @@ SCRIPTS = {
     "ppo": "ppo_offline.py",
     "kto": "kto.py",
 }
-# Those of SLiC, PPO and the methods after SFT are the best of three or four, a factor of 3 apart.
-# They were compared for one seed, on 500 of the toy's training records that were held out. No
-# judged prompt was used.
+# By method, or by arm where that differs. Those of SLiC, PPO and the methods after SFT are the best
+# of three or four, a factor of 3 apart. They were compared for one seed, on 500 of the toy's
+# training records that were held out. No judged prompt was used. Those of the arms are chosen by
+# --experiment rates in the same way.
 TOY_RATES = {
     "sft": 3e-4,
     "slic": 1e-4,
@@ -91,6 +93,9 @@ class Arm:
     settings: tuple[tuple[str, str], ...] = ()  # (flag, value); "" for a flag without a value
     data: str = ""  # a folder that `write_data` makes; if empty, --data
     is_own_loop: bool = False  # trained by archangel/kto_variants.py, in one process
+    prompts: str = (
+        ""  # a folder that `write_data` makes, whose prompts are judged; if empty, --data
+    )
 
     @property
     def name(self) -> str:
@@ -137,21 +142,102 @@ REFERENCE_POINTS = {
         "kto", "groups_attached", (GROUPS_OF_4, ATTACHED), is_own_loop=True
     ),
 }
+
+
+def with_greeting(arm: Arm) -> Arm:
+    """The arm, trained on the data in which all replies begin with a greeting; see `greeting`."""
+    variant = f"greeting_{arm.variant}".removesuffix("_")
+    return dataclasses.replace(arm, variant=variant, data="greeting")
+
+
+VALUES = {
+    "sigmoid": Arm("kto"),
+    "identity": Arm("kto", "identity", (("--value", "identity"),), is_own_loop=True),
+    "log sigmoid": Arm("kto", "log_sigmoid", (("--value", "log_sigmoid"),), is_own_loop=True),
+    "(6), smoothed": Arm("kto", "equation_6", (("--value", "equation_6"),), is_own_loop=True),
+    "(6), shifted": Arm(
+        "kto", "equation_6_shifted", (("--value", "equation_6_shifted"),), is_own_loop=True
+    ),
+}
+LOSS_AVERSIONS = vary(
+    "kto", "--undesirable_weight", ("0.5", "0.75", "1.0", "1.5", "2.0", "3.0"), "1.0"
+)
+# On the toy, one epoch of DPO has half as many steps as one of KTO.
+DPO_AS_MANY_STEPS = Arm("dpo", "2_epochs", (("--epochs", "2"),))
+DROPPED = (50, 75, 90)  # percent of the examples of one class
+CLASSES = ("desirable", "undesirable")
+
+
+def arms_with_dropped(of_class: str) -> dict[str, Arm]:
+    """KTO where examples of one class were dropped, and DPO on all pairs.
+
+    As many steps each. KTO with batches that are half and half, as kto.py makes them, with weights
+    of 1 and in the proportion 4/3; and with batches that have the classes of the data, and weights
+    with which desirable_weight * desirable examples is 4/3 of the same for the undesirable ones.
+    """
+    by_value = {"DPO": DPO_AS_MANY_STEPS}
+    for percent in DROPPED:
+        name = f"{of_class}_{percent}_dropped"
+        kept = 1 - percent / 100
+        if of_class == "desirable":
+            paper_weight = ("--desirable_weight", f"{4 / 3 / kept:.4f}")
+        else:
+            paper_weight = ("--undesirable_weight", f"{3 / 4 / kept:.4f}")
+        as_data = (("--class_balance", "data"), ("--kl", "mismatched"), paper_weight)
+        by_value[f"{percent}%"] = Arm("kto", name, data=name)
+        by_value[f"{percent}%, 4/3"] = Arm(
+            "kto", f"{name}_weighted", (("--desirable_weight", "1.3333"),), name
+        )
+        by_value[f"{percent}%, as the data"] = Arm(
+            "kto", f"{name}_as_data", as_data, name, is_own_loop=True
+        )
+    return by_value
+
+
 BETAS = ("0.01", "0.03", "0.1", "0.3", "1.0")
-# Title to value to arm. The first two and the last two train KTO without SFT.
+# Title to value to arm. All train without SFT, but for two.
 ABLATIONS = {
     "reference point": REFERENCE_POINTS,
-    "loss aversion (undesirable / desirable weight)": vary(
-        "kto", "--undesirable_weight", ("1.0", "1.5", "2.0", "2.5", "3.0"), "1.0"
-    ),
+    "reference point, replies with a greeting": {
+        value: with_greeting(arm) for value, arm in REFERENCE_POINTS.items()
+    },
+    "value of a gain": VALUES,
+    "loss aversion (undesirable / desirable weight)": LOSS_AVERSIONS,
     "beta of SFT+KTO": vary("sft+kto", "--beta", BETAS, "0.1"),
     "beta of SFT+DPO": vary("sft+dpo", "--beta", BETAS, "0.1"),
-    "examples a batch": vary("kto", "--batch_size", ("4", "32"), "32"),
-    "desirable rows kept": {
-        "all": Arm("kto"),
-        "10%": Arm("kto", "few_desirable", data="few_desirable"),
+    "one reply per prompt": {
+        "DPO, pairs": DPO_AS_MANY_STEPS,
+        "KTO, both replies": Arm("kto"),
+        "KTO, one reply": Arm("kto", "one_reply", (("--epochs", "2"),), "one_reply"),
     },
+    "desirable examples dropped": arms_with_dropped("desirable"),
+    "undesirable examples dropped": arms_with_dropped("undesirable"),
 }
+
+RATES = ("2e-05", "6e-05", "0.0002")  # as 2e-05 is written in a command
+NUM_RATE_PROMPTS = 500  # training records that --experiment rates holds out
+
+
+def rate_arms() -> dict[str, dict[str, Arm]]:
+    """Title to learning rate to arm: what --experiment rates compares."""
+    by_title = {}
+    for name, arm in [*VALUES.items(), *LOSS_AVERSIONS.items()]:
+        if arm == Arm("kto"):
+            continue
+        by_rate = {}
+        for rate in RATES:
+            by_rate[rate] = dataclasses.replace(
+                arm,
+                variant=f"{arm.variant}_lr_{rate}",
+                settings=(*arm.settings, ("--lr", rate)),
+                data="rates",
+                prompts="rates",
+            )
+        by_title[f"learning rate of {name}"] = by_rate
+    return by_title
+
+
+RATE_ARMS = rate_arms()
 
 
 def contradictory_arms() -> dict[tuple[float, str], Arm]:
@@ -178,8 +264,12 @@ def arms(args: argparse.Namespace) -> list[Arm]:
         chosen.append(Arm("sft"))
         for arms_of_ablation in ABLATIONS.values():
             for arm in arms_of_ablation.values():
-                if args.processes == 1 or not arm.is_own_loop:
+                is_possible = args.processes == 1 or not arm.is_own_loop
+                if is_possible and (args.data == "toy" or arm.data != "greeting"):
                     chosen.append(arm)
+    if "rates" in args.experiment:
+        for arms_of_rate in RATE_ARMS.values():
+            chosen.extend(arms_of_rate.values())
     if "contradictory" in args.experiment:
         chosen.extend(CONTRADICTORY.values())
     return list(dict.fromkeys(chosen))
@@ -213,8 +303,9 @@ def training(args: argparse.Namespace, model: str, arm: Arm, seed: int) -> tuple
         start = folder(args, model, Arm("sft"), seed)
     data = args.out / "data" / arm.data if arm.data else args.data
     settings = {"--model": start, "--data": data, "--out": folder(args, model, arm, seed)}
-    if arm.method in args.rates:
-        settings["--lr"] = f"{args.rates[arm.method]:g}"
+    rate = args.rates.get(arm.name, args.rates.get(arm.method))
+    if rate is not None:
+        settings["--lr"] = f"{rate:g}"
     if args.data == "toy":
         settings.update(TOY_SETTINGS)
     if args.max_steps:
@@ -240,10 +331,11 @@ def training(args: argparse.Namespace, model: str, arm: Arm, seed: int) -> tuple
     return tuple(words)
 
 
-def sampling(args: argparse.Namespace, model: str, replies: Path) -> tuple[str, ...]:
+def sampling(args: argparse.Namespace, model: str, arm: Arm, replies: Path) -> tuple[str, ...]:
     """The command that samples replies to the held-out prompts, with the same seed for all."""
+    data = str(args.out / "data" / arm.prompts) if arm.prompts else args.data
     words = f"--n {args.n} --max_new_tokens {args.max_new_tokens} --seed 1 --show 0".split()
-    words += ["--data", args.data, "--out", str(replies)]
+    words += ["--data", data, "--out", str(replies)]
     return ("python", "-m", "archangel.sample", model, *words)
 
 
@@ -278,7 +370,7 @@ def stages_of(args: argparse.Namespace, model: str, arm: Arm, seed: int) -> list
         replies = place / "replies.jsonl"
         verdicts = place / "verdicts.jsonl"
         name = stage_name(args, place, "sample")
-        stages.append(Stage(name, sampling(args, trained, replies), replies, needs))
+        stages.append(Stage(name, sampling(args, trained, arm, replies), replies, needs))
         needs = (name,)
         name = stage_name(args, place, "judge")
         stages.append(Stage(name, judging(args, replies, verdicts), verdicts, needs))
@@ -307,8 +399,11 @@ def plan(args: argparse.Namespace) -> list[Stage]:
 # ----------------------------------------------------------------- data that the suite itself makes
 
 
-def few_desirable(args: argparse.Namespace) -> Iterator[dict]:
-    """The training records as single completions, without 90% of the desirable ones."""
+def read_pairs(args: argparse.Namespace) -> list[tuple[dict, dict]]:
+    """The training pairs: (prompt and what the chat template needs, completions by name).
+
+    Raises UserError if there are other records.
+    """
     pairs = []
     prepare_mixture(args.data)
     for record in read_records(args.data, "train"):
@@ -319,16 +414,46 @@ def few_desirable(args: argparse.Namespace) -> Iterator[dict]:
         except LeftOut:  # the trainers leave it out, too
             continue
         shared = {name: record[name] for name in TEMPLATE_COLUMNS if name in record}
+        for name, completion in completions.items():
+            if not isinstance(completion, str):  # a message
+                completions[name] = [completion]
         pairs.append(({"prompt": prompt, **shared}, completions))
-    num_kept = max(1, len(pairs) // 10)
-    kept = set(random.Random("few desirable").sample(range(len(pairs)), num_kept))
+    return pairs
+
+
+def dropped(args: argparse.Namespace, of_class: str, percent: int) -> Iterator[dict]:
+    """The training records as single completions, without some of one class, drawn at random."""
+    pairs = read_pairs(args)
+    num_kept = max(1, round(len(pairs) * (1 - percent / 100)))
+    kept = set(random.Random(f"{of_class} {percent}").sample(range(len(pairs)), num_kept))
     for number, (shared, completions) in enumerate(pairs):
         for name, label in (("chosen", True), ("rejected", False)):
-            completion = completions[name]
-            if not isinstance(completion, str):  # a message
-                completion = [completion]
-            if not label or number in kept:
-                yield {**shared, "completion": completion, "label": label}
+            is_of_class = label == (of_class == "desirable")
+            if not is_of_class or number in kept:
+                yield {**shared, "completion": completions[name], "label": label}
+
+
+def one_reply(args: argparse.Namespace) -> Iterator[dict]:
+    """One completion of each training pair, drawn at random."""
+    rng = random.Random("one reply")
+    for shared, completions in read_pairs(args):
+        label = rng.random() < 0.5
+        completion = completions["chosen" if label else "rejected"]
+        yield {**shared, "completion": completion, "label": label}
+
+
+def greeting(args: argparse.Namespace) -> Iterator[dict]:
+    """The toy's training pairs, where all replies begin with a greeting.
+
+    The toy's replies are drawn from what its base model was trained on. So the mean log-ratio of
+    both classes together is an estimate of minus a KL divergence, and the reference point seldom
+    above 0. People's replies are no model's own. The base model has never seen this greeting, and
+    all replies become likelier by learning it.
+    """
+    for record in read_records(args.data, "train"):
+        for name in ("chosen", "rejected"):
+            record[name] = " Good day." + record[name]
+        yield record
 
 
 def two_replies(num_prompts: int = 32) -> list[tuple[str, str, str]]:
@@ -360,19 +485,24 @@ def contradictory(majority: float) -> Iterator[dict]:
 
 def write_data(args: argparse.Namespace) -> None:
     """Write the data folders that the arms need, each with a train.jsonl."""
-    needed = {arm.data for arm in arms(args)}
-    if "few_desirable" in needed:
-        write_training_records(args.out / "data" / "few_desirable", few_desirable(args))
+    records = {"one_reply": one_reply(args), "greeting": greeting(args)}
+    for of_class in CLASSES:
+        for percent in DROPPED:
+            records[f"{of_class}_{percent}_dropped"] = dropped(args, of_class, percent)
     for majority in MAJORITIES:
-        name = f"majority_{majority}"
-        if name in needed:
-            write_training_records(args.out / "data" / name, contradictory(majority))
+        records[f"majority_{majority}"] = contradictory(majority)
+    if "rates" in args.experiment:
+        pairs = read_records(args.data, "train")
+        records["rates"] = pairs[:-NUM_RATE_PROMPTS]
+        write_lines(args.out / "data" / "rates" / "test.jsonl", pairs[-NUM_RATE_PROMPTS:])
+    for name in {arm.data for arm in arms(args)} - {""}:
+        write_lines(args.out / "data" / name / "train.jsonl", records[name])
 
 
-def write_training_records(path: Path, records: Iterable[dict]) -> None:
-    """Write a folder with a train.jsonl."""
-    path.mkdir(parents=True, exist_ok=True)
-    judge.write(path / "train.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+def write_lines(path: Path, records: Iterable[dict]) -> None:
+    """Write records as JSON Lines, and the folder if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    judge.write(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 # -------------------------------------------------------------------------------------- running it
@@ -546,9 +676,13 @@ def collect(args: argparse.Namespace, stages: Sequence[Stage], failed: dict[str,
     if "methods" in args.experiment:
         methods = ("base", *METHODS)
     ablations = {}  # title to value to arm
+    chosen = {}
     if "ablations" in args.experiment:
-        for title, arms_of_ablation in ABLATIONS.items():
-            ablations[title] = {value: arm.name for value, arm in arms_of_ablation.items()}
+        chosen = ABLATIONS
+    if "rates" in args.experiment:
+        chosen = RATE_ARMS
+    for title, arms_of_ablation in chosen.items():
+        ablations[title] = {value: arm.name for value, arm in arms_of_ablation.items()}
     numbers = results.gather(
         args.data,
         folders,
@@ -590,7 +724,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--experiment", nargs="+", default=["methods"], choices=(*EXPERIMENTS, "all"), help="which")
+    add(
+        "--experiment",
+        nargs="+",
+        default=["methods"],
+        choices=(*EXPERIMENTS, "all", "rates"),
+        help="which; rates: of the learning rates of some ablations, on held-out training records",
+    )
     add("--models", nargs="+", default=["toy"], help="toy, folders, hub ids; report: its seven")
     add("--data", help="as the trainers take it (default: toy; archangel for the report's models)")
     add("--out", type=Path, default=Path("runs/suite"), help="a folder for everything")
@@ -632,8 +772,11 @@ def check(args: argparse.Namespace) -> None:
     reserved = {"data", "stages", ""}
     if len(set(names)) < len(names) or reserved & set(names):
         raise UserError(f"--models: called {', '.join(names)}; each needs a name of its own")
-    if "contradictory" in args.experiment and args.data != "toy":
-        raise UserError("--experiment contradictory: is about the toy; leave out --data")
+    for name in ("contradictory", "rates"):
+        if name in args.experiment and args.data != "toy":
+            raise UserError(f"--experiment {name}: is about the toy; leave out --data")
+    if "rates" in args.experiment and len(args.experiment) > 1:
+        raise UserError("--experiment rates: judges other prompts, so it must be the only one")
     args.rates = dict(TOY_RATES) if args.data == "toy" else {}
     for word in args.lr:
         method, _, text = word.partition("=")

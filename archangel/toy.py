@@ -169,6 +169,14 @@ def judge(prompt: str, reply: str) -> dict[str, bool | int]:
     return verdict
 
 
+def rudeness(prompt: str, reply: str) -> float:
+    """How many rude words a reply has: a detector that is blind to everything else.
+
+    It takes the place of an interface that detects toxicity, for archangel/labels.py.
+    """
+    return float(sum(reply.lower().count(word) for word in RUDE_WORDS))
+
+
 def win(prompt: str, reply: str, chosen: str) -> float:
     """1 if the judge scores the reply above the chosen one, 0.5 for a tie, else 0."""
     score = judge(prompt, reply)["score"]
