@@ -560,6 +560,41 @@ panels[0].legend()
 plt.show()
 
 # %% [markdown]
+# ## Rewards that differ by a function of the prompt
+#
+# *A theorem of the KTO paper.* Two rewards $r$ and $r + h(x)$ have the same best policy and the
+# same preferences, for any function $h$ of the prompt alone. But people may value their outcomes
+# differently. Preferences, and a loss on them, cannot tell such rewards apart; a value can.
+#
+# Let two prompts have the five replies from above, with the same rewards. Then add 1.5 to all
+# rewards of the first prompt and subtract 1.5 from those of the second. The reference point of a
+# value is one number for both prompts, as KTO's is for a batch: here the mean reward.
+
+# %%
+shift = torch.tensor([[1.5], [-1.5]])  # h(x) of the two prompts
+best_policies = []
+preferences = []
+values = []
+for rewards in (reward.expand(2, 5), reward + shift):  # (2 prompts, 5 replies)
+    best_policies.append((reference.log() + rewards / beta).softmax(-1))
+    preferences.append(ppo_offline.rlhf_value(rewards[:, first], rewards[:, second]))
+    z_ref = (best_policies[-1] * rewards).sum(-1).mean()
+    values.append(kto.kahneman_tversky_value(rewards, z_ref))
+print(f"best policies differ by at most   {(best_policies[0] - best_policies[1]).abs().max():.1e}")
+print(f"preferences differ by at most     {(preferences[0] - preferences[1]).abs().max():.1e}")
+assert torch.allclose(best_policies[0], best_policies[1], atol=1e-12)
+assert torch.allclose(preferences[0], preferences[1], atol=1e-12)
+print("Kahneman-Tversky values of      ", *(f"{reply:>13}" for reply in REPLIES))
+for name, of_prompts in (("r", values[0]), ("r + h", values[1])):
+    for number, of_prompt in enumerate(of_prompts, 1):
+        print(f"    {name:<6} prompt {number}             ", *(f"{v:13.2f}" for v in of_prompt))
+
+# %% [markdown]
+# With $r + h$, even the best reply to the second prompt is a loss, and even a vague one to the
+# first prompt is a gain. That is what a loss on labelled single replies can express, and one on
+# pairs cannot. (Were the reference point each prompt's own mean, $h$ would drop out.)
+
+# %% [markdown]
 # ## Contradictory preferences, exactly
 #
 # *A theorem of the KTO paper.* A share $p > 1/2$ of people prefers $y_a$ to $y_b$, the others

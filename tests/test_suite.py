@@ -29,6 +29,7 @@ from archangel.errors import Interrupted, UserError
 from archangel.records import read_records
 from archangel.run import MODELS, find_model, load_tokenizer, parse_args
 from archangel.tokenized import tokenize
+from common import Example, Examples
 
 LOSSES = {"sft": sft, "slic": slic, "dpo": dpo, "ppo": ppo_offline, "kto": kto}
 MODULES = {f"{module.__name__}.py": module for module in LOSSES.values()}
@@ -170,30 +171,120 @@ def test_dry_run_one_model_of_report(tmp_path, capsys):
         assert "--lr" not in line
 
 
+def changed_settings(config, unchanged) -> set[str]:
+    """The names of the settings in which two configurations differ, except for --out."""
+    defaults = kto_variants.Config(model="toy")
+    changed = set()
+    for name, value in vars(config).items():
+        if name != "out" and value != getattr(unchanged, name, getattr(defaults, name, None)):
+            changed.add(name)
+    return changed
+
+
 def test_ablations(monkeypatch):
-    """Each changes one setting of a method, and has the method itself too."""
-    runs = trainings(monkeypatch, "--out", "o", "--experiment", "ablations")
+    """Each arm changes what it should of its method, and nothing else."""
+    runs = trainings(monkeypatch, "--out", "o", "--experiment", "methods", "ablations")
     unchanged = {
         "sft+kto": runs["o/toy/from_sft_seed_1/kto"][1],
         "sft+dpo": runs["o/toy/from_sft_seed_1/dpo"][1],
         "kto": runs["o/toy/from_base/kto_seed_1"][1],
+        "dpo": runs["o/toy/from_base/dpo_seed_1"][1],
     }
-    defaults = kto_variants.Config(model="toy")
     args = suite.parse(["--out", "o"])
+    changed = {}  # title to value to the names of changed settings
+    configs = {}
     for title, arms in suite.ABLATIONS.items():
-        variants = [arm.variant for arm in arms.values()]
-        assert variants.count("") == 1, title
-        for arm in arms.values():
+        changed[title] = {}
+        configs[title] = {}
+        for value, arm in arms.items():
             _, config = runs[str(suite.folder(args, "toy", arm, 1))]
-            changed = set()
-            for name, value in vars(config).items():
-                default = getattr(defaults, name, None)
-                if name != "out" and value != getattr(unchanged[arm.method], name, default):
-                    changed.add(name)
-            if arm.is_own_loop:
-                assert changed <= {"attached", "group_size"}
+            configs[title][value] = config
+            changed[title][value] = changed_settings(config, unchanged[arm.method])
+    reference_points = {
+        "other_half": set(),
+        "mismatched": {"kl"},
+        "zero": {"kl"},
+        "attached": {"attached"},
+        "groups of 4": {"group_size"},
+        "groups of 4, attached": {"group_size", "attached"},
+    }
+    with_greeting = {value: names | {"data"} for value, names in reference_points.items()}
+    assert changed["reference point"] == reference_points
+    assert changed["reference point, replies with a greeting"] == with_greeting
+    for names in changed["value of a gain"].values():
+        assert names - {"lr"} in (set(), {"value"})
+    for value, names in changed["loss aversion (undesirable / desirable weight)"].items():
+        assert names - {"lr"} == (set() if value == "1.0" else {"undesirable_weight"})
+    for method in ("KTO", "DPO"):
+        for value, names in changed[f"beta of SFT+{method}"].items():
+            assert names == (set() if value == "0.1" else {"beta"})
+    assert changed["one reply per prompt"] == {
+        "DPO, pairs": {"epochs"},
+        "KTO, both replies": set(),
+        "KTO, one reply": {"epochs", "data"},
+    }
+    for of_class in suite.CLASSES:
+        name = f"{of_class} examples dropped"
+        assert changed[name].pop("DPO") == {"epochs"}
+        for value, names in changed[name].items():
+            config = configs[name][value]
+            assert config.data == f"o/data/{of_class}_{value[:2]}_dropped"
+            if value.endswith("%"):
+                assert names == {"data"}
+            elif value.endswith("4/3"):
+                assert names == {"data", "desirable_weight"}
+                assert config.desirable_weight == pytest.approx(4 / 3, abs=1e-4)
             else:
-                assert len(changed) == (1 if arm.variant else 0), (title, changed)
+                assert names == {"data", "class_balance", "kl", f"{of_class}_weight"}
+                kept = 1 - int(value[:2]) / 100
+                shares = {"desirable": 1.0, "undesirable": 1.0, of_class: kept}
+                weighted = config.desirable_weight * shares["desirable"]
+                ratio = weighted / (config.undesirable_weight * shares["undesirable"])
+                assert ratio == pytest.approx(4 / 3, abs=1e-3)
+
+
+def test_equal_steps(monkeypatch):
+    """Where examples are dropped, all arms make as many steps as KTO on all pairs; 2% more or less
+    where one reply per prompt was drawn."""
+    runs = trainings(monkeypatch, "--out", "o", "--experiment", "ablations")
+    num_pairs = len(read_records("toy", "train"))
+    numbers_kept = {"toy": (num_pairs, num_pairs), "o/data/one_reply": (2010, 1990)}
+    for of_class in suite.CLASSES:
+        for percent in suite.DROPPED:
+            num_kept = num_pairs * (100 - percent) // 100
+            kept = (num_kept, num_pairs) if of_class == "desirable" else (num_pairs, num_kept)
+            numbers_kept[f"o/data/{of_class}_{percent}_dropped"] = kept
+    args = suite.parse(["--out", "o"])
+    titles = ("one reply per prompt", "desirable examples dropped", "undesirable examples dropped")
+    for title in titles:
+        for arm in suite.ABLATIONS[title].values():
+            module, config = runs[str(suite.folder(args, "toy", arm, 1))]
+            examples = Examples()
+            if arm.method == "dpo":
+                for number in range(num_pairs):
+                    examples.append(Example([number], [[1], [1]]))
+            else:
+                num_desirable, num_undesirable = numbers_kept[config.data]
+                for number in range(num_desirable + num_undesirable):
+                    example = Example([number], [[1]])
+                    examples.append(example, desirable=number < num_desirable)
+            assert len(module.make_schedule(examples, config)) == pytest.approx(250, rel=0.02)
+
+
+def test_rates(monkeypatch):
+    """Three learning rates of each, on other prompts than those of the other experiments."""
+    runs = trainings(monkeypatch, "--out", "o", "--experiment", "rates")
+    assert len(runs) == 9 * 3
+    for _, config in runs.values():
+        assert config.data == "o/data/rates"
+        assert config.seed == 1
+    for words in commands("--out", "o", "--experiment", "rates"):
+        if "archangel.sample" in words:
+            assert words[words.index("--data") + 1] == "o/data/rates"
+    chosen = set(suite.TOY_RATES) - set(suite.METHODS)
+    tuned = [*suite.VALUES.values(), *suite.LOSS_AVERSIONS.values()]
+    assert chosen == {arm.name for arm in tuned} - {"kto"}
+    assert {suite.TOY_RATES[name] for name in chosen} <= {float(rate) for rate in suite.RATES}
 
 
 @pytest.mark.parametrize(
@@ -206,6 +297,8 @@ def test_ablations(monkeypatch):
         (["--models", "a/model", "b/a"], "name of its own"),
         (["--models", "runs/stages"], "name of its own"),
         (["--experiment", "contradictory", "--data", "rows"], "about the toy"),
+        (["--experiment", "rates", "--data", "rows"], "about the toy"),
+        (["--experiment", "rates", "methods"], "the only one"),
     ],
 )
 def test_check(words, message):
@@ -237,23 +330,56 @@ def test_command_ends_with_status_2(module, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------- the data it writes
 
 
-def test_write_data_few_desirable(tmp_path):
-    args = parse("--experiment", "ablations", "--out", str(tmp_path))
-    suite.write_data(args)
+@pytest.mark.parametrize("of_class", suite.CLASSES)
+@pytest.mark.parametrize("percent", suite.DROPPED)
+def test_dropped(of_class, percent):
+    args = parse("--experiment", "ablations")
     pairs = read_records("toy", "train")
-    desirable = []
-    undesirable = []
-    for record in read_records(str(tmp_path / "data" / "few_desirable"), "train"):
-        if record["label"]:
-            desirable.append(record["completion"])
-        else:
-            undesirable.append(record["completion"])
-    assert len(desirable) == len(pairs) / 10
-    assert set(desirable) <= {pair["chosen"] for pair in pairs}
-    assert undesirable == [pair["rejected"] for pair in pairs]
+    by_label = {True: [], False: []}
+    for record in suite.dropped(args, of_class, percent):
+        by_label[record["label"]].append(record["completion"])
+    all_completions = {
+        True: [pair["chosen"] for pair in pairs],
+        False: [pair["rejected"] for pair in pairs],
+    }
+    is_desirable = of_class == "desirable"
+    assert by_label[not is_desirable] == all_completions[not is_desirable]
+    assert len(by_label[is_desirable]) == round(len(pairs) * (1 - percent / 100))
+    assert set(by_label[is_desirable]) <= set(all_completions[is_desirable])
 
 
-def test_write_data_few_desirable_of_conversations(tmp_path):
+def test_one_reply():
+    args = parse("--experiment", "ablations")
+    pairs = read_records("toy", "train")
+    records = list(suite.one_reply(args))
+    assert len(records) == len(pairs)
+    for record, pair in zip(records, pairs):
+        assert record["prompt"] == pair["prompt"]
+        assert record["completion"] == pair["chosen" if record["label"] else "rejected"]
+    assert 0.45 < np.mean([record["label"] for record in records]) < 0.55
+
+
+def test_greeting():
+    args = parse("--experiment", "ablations")
+    records = suite.greeting(args)
+    for record, pair in zip(records, read_records("toy", "train")):
+        assert record["chosen"] == " Good day." + pair["chosen"]
+        assert record["rejected"] == " Good day." + pair["rejected"]
+
+
+def test_write_data_of_rates(tmp_path):
+    """The prompts that are judged are not trained on."""
+    args = parse("--experiment", "rates", "--out", str(tmp_path))
+    suite.write_data(args)
+    train = read_records(str(tmp_path / "data" / "rates"), "train")
+    test = read_records(str(tmp_path / "data" / "rates"), "test")
+    assert train + test == read_records("toy", "train")
+    assert len(test) == suite.NUM_RATE_PROMPTS
+    prompts = {record["prompt"] for record in test}
+    assert not prompts & {record["prompt"] for record in train}
+
+
+def test_write_data_of_conversations(tmp_path):
     """The completions have the tokens of the pairs that they are of, with the tools of a record."""
     question = [{"role": "user", "content": "Is it in stock?"}]
     pairs = []
@@ -275,7 +401,8 @@ def test_write_data_few_desirable_of_conversations(tmp_path):
         "{{ tools }}{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
     )
     expected = tokenize(pairs, tokenizer)
-    written = read_records(str(tmp_path / "out" / "data" / "few_desirable"), "train")
+    assert not (tmp_path / "out" / "data" / "greeting").exists()  # it is of the toy
+    written = read_records(str(tmp_path / "out" / "data" / "desirable_90_dropped"), "train")
     found = tokenize(written, tokenizer)
     assert len(expected) == 9
     assert sorted(found.label) == [False] * 9 + [True]
@@ -289,7 +416,7 @@ def test_write_data_few_desirable_of_conversations(tmp_path):
             assert found.read(place, ours).tolist() == expected.read(pair, theirs).tolist()
 
 
-def test_write_data_few_desirable_needs_pairs(tmp_path):
+def test_write_data_needs_pairs(tmp_path):
     record = {"prompt": "Hi", "completion": " Hello.", "label": True}
     data = write_records(tmp_path / "records.jsonl", [record])
     args = parse("--experiment", "ablations", "--out", str(tmp_path / "out"), "--data", str(data))
@@ -522,6 +649,8 @@ def test_examine_all():
     claims_of_models = {"a": claims.claims_of_report(), "b": claims.claims_of_report()}
     records = claims.examine_all(tables, claims_of_models)
     assert [record["contrast"] for record in records] == ["KTO - DPO"] * 2
+    assert records[0]["who"] == "report"
+    assert records[0]["where"] == "section 5"
     expected = statistics.holm([record["p"] for record in records])
     assert [record["p_holm"] for record in records] == expected
 
@@ -533,6 +662,21 @@ def test_claims_of_ablations():
     wins["sft+kto_beta_0.3"] = {1: np.ones(9)}
     claim = claims.claims_of_ablations(wins)[0]
     assert claim.weights == {"sft+kto": 1.0, "sft+kto_beta_0.3": -1.0}
+
+
+def test_claims_are_about_arms_of_the_suite():
+    args = parse("--experiment", "all")
+    names = {arm.name for arm in suite.arms(args)}
+    by_arm = {arm.name: majority_loss for majority_loss, arm in suite.CONTRADICTORY.items()}
+    wins = table(**dict.fromkeys(("sft_kto", "kto"), 0.5))
+    found = claims.claims_of_report() + claims.claims_of_ablations(wins)
+    found += claims.claims_of_contradictory_labels(by_arm, gap=5.9)
+    texts = [claim.text for claim in found]
+    assert len(set(texts)) == len(texts)
+    for claim in found:
+        assert set(claim.weights) <= names, claim.text
+        assert claim.who in ("report", "KTO paper", "nobody")
+        assert claim.where
 
 
 def test_claims_of_contradictory_labels():
@@ -552,7 +696,7 @@ def test_claims_of_contradictory_labels():
 def test_prompts_needed():
     """Those of a claim of equivalence follow from the variance of its contrast."""
     wins = table(seeds=1, prompts=2000, kto=0.5, dpo=0.5)
-    claim = claims.Claim("c", "somebody", {"kto": 1.0, "dpo": -1.0}, "par")
+    claim = claims.Claim("c", "somebody", "somewhere", {"kto": 1.0, "dpo": -1.0}, "par")
     (record,) = claims.examine_all({"m": {"win": wins}}, {"m": [claim]})
     sd = np.std(wins["kto"][1] - wins["dpo"][1], ddof=1)
     needed = statistics.prompts_needed(sd)
@@ -629,7 +773,7 @@ def test_collect(finished):
 
     assert report.index(results.CAUTION) < report.index("| claim |")
     drawn = [line for line in report.splitlines() if line.startswith("![")]
-    assert len(drawn) == 4 + len(suite.ABLATIONS)
+    assert len(drawn) == 5
     for line in drawn:
         name = line.rpartition("(")[2].rstrip(")")
         assert (args.out / name).stat().st_size > 5000
@@ -652,6 +796,7 @@ def test_tabulate(tmp_path):
     tables = results.tabulate({arm: {1: tmp_path / arm} for arm in wins})
     assert tables["win"]["kto"][1].tolist() == [1.0, 0.5]
     assert tables["win"]["dpo"][1].tolist() == [0.0, 1.0]
+    assert tables["win_less_half"]["kto"][1].tolist() == [0.5, 0.0]
 
 
 def test_results_main(finished, tmp_path):
@@ -675,9 +820,9 @@ def test_results_main(finished, tmp_path):
     assert max(record["prompts_needed"] for record in par_claims) > 40
     report = (out / "report.md").read_text()
     assert f"{par_claims[0]['prompts_needed']} prompts needed" in report
-    assert report.count("![") == 4 + len(suite.ABLATIONS)
-    (line,) = [line for line in report.splitlines() if line.startswith("| KTO alone beats DPO")]
-    assert line.count("**") == 4  # the outcome for both models
+    assert report.count("![") == 5
+    lines = [line for line in report.splitlines() if line.startswith("| KTO alone beats DPO")]
+    assert [line.split(" | ")[4] for line in lines] == ["toy", "small"]
 
 
 def test_together_first_claim_counts(finished, monkeypatch):
