@@ -56,8 +56,8 @@ SCRIPTS = {
 }
 # By method, or by arm where that differs. Those of SLiC, PPO and the methods after SFT are the best
 # of three or four, a factor of 3 apart. They were compared for one seed, on 500 of the toy's
-# training records that were held out. No judged prompt was used. Those of the arms are chosen by
-# --experiment rates in the same way.
+# training records that were held out. No judged prompt was used. Those of the arms were chosen by
+# --experiment rates in the same way (toy_results/rates.md).
 TOY_RATES = {
     "sft": 3e-4,
     "slic": 1e-4,
@@ -67,6 +67,15 @@ TOY_RATES = {
     "sft+ppo": 1e-4,
     "kto": 2e-4,
     "sft+kto": 1e-4,
+    "kto_identity": 2e-4,
+    "kto_log_sigmoid": 2e-4,
+    "kto_equation_6": 6e-5,
+    "kto_equation_6_shifted": 2e-4,
+    "kto_undesirable_weight_0.5": 6e-5,
+    "kto_undesirable_weight_0.75": 2e-4,
+    "kto_undesirable_weight_1.5": 2e-4,
+    "kto_undesirable_weight_2.0": 2e-5,
+    "kto_undesirable_weight_3.0": 6e-5,
 }
 TOY_SETTINGS = {"--warmup_steps": "10", "--save_every": "50"}
 # Defaults of this command, for the toy and for the report's models.

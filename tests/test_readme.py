@@ -172,11 +172,13 @@ def test_suite_and_memory_commands_are_understood(checkout):
 
 
 def test_data_commands_are_understood():
-    from archangel import data
+    from archangel import data, labels
 
     for line in COMMANDS:
         if "archangel.data" in line:
             assert data.parse(shlex.split(line)[3:])
+    (line,) = [line for line in COMMANDS if "archangel.labels" in line]
+    assert labels.parse(shlex.split(line)[3:]).score == "archangel.toy:rudeness"
 
 
 def test_files_flags_and_functions_named_are_there():
@@ -195,6 +197,10 @@ def test_files_flags_and_functions_named_are_there():
             "--seeds",
             "--dry_run",
             "--dist",
+            "--score",
+            "--by",
+            "--threshold",
+            "--lower_is_better",
             *TORCHRUN,
         }, flag
     for row in re.findall(r"^\|.*\|$", README, re.M):
