@@ -104,8 +104,8 @@ show(figures.figure5)
 #
 # Each claim of the report and of the KTO paper (the last two groups: few desirable rows,
 # contradictory labels) as a contrast, with its test and the rule by which it holds, fixed before
-# any result was seen (`archangel/claims.py`). *Above* is a contrast above 0, *par* one within 0.05,
-# *not below* one above -0.05; p-values are corrected for their number, over all sizes together.
+# any result was seen (`archangel/claims.py`). p-values are corrected for their number, over all
+# sizes together.
 
 # %%
 display(Markdown(results.claims_table(numbers["claims"])))
@@ -119,8 +119,7 @@ display(Markdown(results.claims_table(numbers["claims"])))
 # one standard deviation over them.
 
 # %%
-for title in dict.fromkeys(row["ablation"] for row in numbers["ablations"]):
-    show(figures.ablation, title, width=480)
+show(figures.ablations, width=900)
 
 # %% [markdown]
 # **The reference point** makes no difference here: both classes lose log-probability from the
