@@ -24,12 +24,13 @@ are all weights during the forward and the backward pass (FSDP). The residual st
 what the layers add) and the logits are in float32 all the same.
 """
 
+import contextlib
 import itertools
 import math
 import os
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -62,11 +63,12 @@ from archangel.run import run_script as run_script
 from archangel.tokenized import MappedExample, Tally, load_tokens, prepare_tokens
 from archangel.tokenized import TokenizedRecords as TokenizedRecords
 
-# Logits (tokens x vocabulary) that are in memory at once: 512 MiB in float32.
+# Logits (tokens x vocabulary) that are in memory at once: 512 MiB in float32 on a CPU. A GPU takes
+# four times as many; a pass without gradient takes an eighth.
 MAX_LOGITS = 2**27
 # How long processes wait for each other. Meanwhile one of them may load a model of 30B parameters,
 # or compute the token ids of millions of records.
-MAX_WAIT = timedelta(hours=6)
+MAX_WAIT = timedelta(hours=1)
 
 
 # ---------------------------------------------------------------------------------- the processes
@@ -94,9 +96,6 @@ def start_run(config) -> Run:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     run = Run(config, device)
     run.layout = PaddedLayout()
-    # How float32 matrices are multiplied outside of autocast, such as by the output head: "medium"
-    # rounds the inputs (on a GPU to TF32, on a CPU to bfloat16), but not the result.
-    torch.set_float32_matmul_precision("medium" if run.bfloat16 else "highest")
     return run
 
 
@@ -310,7 +309,8 @@ class Layout(Protocol):
     ) -> tuple[dict[str, Any], Tensor]:
         """Arrange examples; returns the `inputs` and `predictors` of a MicroBatch for this device.
 
-        Tensors are still on the CPU.
+        Plain tensors are on the CPU; make_micro_batch copies them. Objects such as a block mask are
+        on the device already.
         """
 
 
@@ -408,7 +408,7 @@ def make_micro_batch(
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on this device. From pinned memory, a GPU copies it while we go on."""
+    """A tensor of the CPU on this device. From pinned memory the copy is asynchronous."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -461,8 +461,8 @@ def divide(
     for start in range(0, len(order), num_processes):
         rounds.append(order[start : start + num_processes])  # the last one may be shorter
     places = fill_micro_batches(rounds, examples, layout, max_tokens, num_processes)
-    # The last micro-batch may be small now, and a GPU takes nearly as long for it. So look for the
-    # lowest limit that needs no more micro-batches, to one part in twenty.
+    # The last micro-batch may be small now, and a GPU takes nearly as long for it. So search by
+    # bisection for the lowest limit that needs no more micro-batches, to within 5% of max_tokens.
     highest = max_tokens
     lowest = sum(sizes) // (num_processes * len(places))  # a lower one needs more of them
     while len(places) > 1 and highest - lowest > max(1, max_tokens // 20):
@@ -585,12 +585,51 @@ def head_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 def head_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
     """Hidden states (n, H) to logits (n, V) by the output head, in at least float32.
 
-    Autocast would round them to bfloat16. Its numbers between 16 and 32 are 0.125 apart.
+    Autocast would round them to bfloat16, whose values between 16 and 32 are 0.125 apart.
     """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.to(dtype), head.weight.to(dtype), bias)
+    device_type = hidden.device.type
+    if not torch.is_autocast_enabled(device_type):
+        logits = F.linear(hidden, head.weight, head.bias)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    with torch.autocast(device_type, enabled=False):
+        logits = CoarseProduct.apply(hidden.float(), head.weight.float())
+        return logits if head.bias is None else logits + head.bias.float()
+
+
+class CoarseProduct(torch.autograd.Function):
+    """a @ b.T of float32 matrices, about as fast as of bfloat16 ones.
+
+    The inputs are rounded before they are multiplied: to bfloat16 on a CPU that multiplies it
+    faster, to TF32 on a GPU. The result is not. In the backward pass it is the same. The precision
+    is set for these products only: others, such as those that rotary positions may be made by, need
+    all of it.
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        """a (n, H) and b (V, H) to (n, V)."""
+        ctx.save_for_backward(a, b)
+        with matmul_precision("medium"):
+            return a @ b.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of a and b."""
+        a, b = ctx.saved_tensors
+        with matmul_precision("medium"):
+            return grad @ b, grad.T @ a
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Multiply float32 matrices with this precision; see torch.set_float32_matmul_precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class TokenLogps(torch.autograd.Function):
@@ -650,11 +689,13 @@ class Policy(nn.Module):
             if not from_logits:
                 return completion_logps(self.lm, micro_batch)
             # The model's own head would round its logits to bfloat16.
-            replace_product = self.lm.get_output_embeddings().register_forward_hook(
+            head_hook = self.lm.get_output_embeddings().register_forward_hook(
                 lambda head, inputs, output: head_logits(head, *inputs)
             )
-            logits = self.lm(**micro_batch.inputs).logits.flatten(0, 1)  # (R * T, V)
-            replace_product.remove()
+            try:
+                logits = self.lm(**micro_batch.inputs).logits.flatten(0, 1)  # (R * T, V)
+            finally:
+                head_hook.remove()
             logits = logits[micro_batch.predictors]  # (N, V)
             return -F.cross_entropy(logits, micro_batch.targets, reduction="none")
 
@@ -703,7 +744,7 @@ def prepare_policy(policy: Policy, run: Run) -> Policy:
 
 
 def keep_residual_stream_in_float32(lm: nn.Module, device: torch.device) -> None:
-    """Let several processes compute in bfloat16 what one process computes.
+    """Cast the embedding's output to float32, so that the residual stream is so under FSDP, too.
 
     The layers add to the output of the embedding, so the sum stays in its dtype. In one process
     that is float32, the dtype of the weights. With several it would be bfloat16, because FSDP casts
@@ -713,7 +754,8 @@ def keep_residual_stream_in_float32(lm: nn.Module, device: torch.device) -> None
     lm.get_input_embeddings().register_forward_hook(
         lambda embedding, inputs, output: output.to(torch.float32)
     )
-    if device.type == "cpu":  # where autocast does not do it, and F.layer_norm takes one dtype only
+    # On a CPU autocast leaves layer_norm alone, which needs input and weight of one dtype.
+    if device.type == "cpu":
         for module in lm.modules():
             if isinstance(module, nn.LayerNorm):
                 module.register_forward_pre_hook(
@@ -785,17 +827,19 @@ def check_model_and_choose_layout(
         # Another arrangement of the same sequences gives the same numbers, up to rounding.
         noise = policy(padded) - ours  # (N,)
     error = (ours - expected).abs().mean().item()  # nats per token
+    mean_noise = noise.abs().mean().item()
+    fault = None
     if not error < (1e-3 if run.bfloat16 else 1e-4):  # "not <" is also true for nan
-        raise UserError(
+        fault = UserError(
             f"--model {run.model_path}: its log-probabilities differ by {error:.2g} nats per token "
             "from its own forward pass: a scaling of its logits that is not known here"
         )
-    mean_noise = noise.abs().mean().item()
-    if not mean_noise < (0.2 if run.bfloat16 else 1e-4):
-        raise UserError(
+    elif not mean_noise < (0.2 if run.bfloat16 else 1e-4):
+        fault = UserError(
             f"--model {run.model_path}: its log-probabilities change by {mean_noise:.2g} nats per "
-            "token with what else is in a batch, which this trainer cannot work with"
+            "token with the other sequences in a batch, which this trainer cannot work with"
         )
+    run.raise_everywhere(fault)
 
     own_attention = policy.lm.config._attn_implementation
     reason = try_packed_layout(policy, sample, padded, ours, noise, run)
@@ -858,14 +902,14 @@ def try_packed_layout(
     reason = first_reason(reason, run)  # before FSDP communicates in a forward pass
     if reason is not None:
         return reason
-    layout = packed.PackedLayout()
     try:
-        # A GPU's kernels are compiled now, which could fail, too: for one size, then, with the
-        # second one, for all sizes; forward and backward.
-        for examples in (sample[-1:] * 10, sample):
-            micro_batch = make_micro_batch(examples, range(len(examples)), layout, run.device)
-            logps = policy(micro_batch)  # (N,)
-            logps.sum().backward()
+        if run.device.type == "cuda":
+            compile_packed_attention(policy, sample, run)
+        micro_batch = make_micro_batch(
+            sample, range(len(sample)), packed.PackedLayout(), run.device
+        )
+        logps = policy(micro_batch)  # (N,)
+        logps.sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # models refuse unknown arguments in many ways
@@ -881,6 +925,23 @@ def try_packed_layout(
     if not error < allowed:
         reason = f"the model gives different numbers when packed (by {error:.2g} nats per token)"
     return first_reason(reason, run)
+
+
+def compile_packed_attention(policy: Policy, sample: list[Example], run: Run) -> None:
+    """Let torch compile a GPU's attention here, where a failure has a way out.
+
+    It compiles for the first size that it sees; then, at another one, for all sizes. The passes
+    with gradient and without have kernels of their own.
+    """
+    layout = packed.PackedLayout()
+    short_example = sample[-1]
+    # Two blocks more, at least: fewer may not change the size to which a GPU pads.
+    num_copies = 1 + 2 * packed.BLOCK_SIZE // layout.num_tokens([short_example])
+    for examples in (sample, sample + [short_example] * num_copies):
+        micro_batch = make_micro_batch(examples, range(len(examples)), layout, run.device)
+        with torch.no_grad():
+            policy(micro_batch)
+        policy(micro_batch).sum().backward()
 
 
 def largest_mean_of_four(errors: Tensor, micro_batch: MicroBatch) -> float:
@@ -916,9 +977,9 @@ def add_reference_logps(
     """Set examples.reference_logps: log pi_ref of every completion token, of these examples.
 
     The reference model is the policy before training, and never changes. So this is done once, and
-    kept in the run's folder, in reference_logps_{name}.safetensors, for --resume on the same kind
-    of machine. Log-probabilities of examples that are not asked for are nan. The mismatched
-    examples, if any, are included.
+    kept in the run's folder, in reference_logps_{name}.safetensors. After --resume it is used only
+    if `arithmetic` is the same. Log-probabilities of examples that are not asked for are nan. The
+    mismatched examples, if any, are included.
     """
     if not indices:
         return
@@ -1009,9 +1070,9 @@ def read_reference_logps(
 
 
 def arithmetic(run: Run) -> str:
-    """What rounding depends on, in words.
+    """What the rounding of log-probabilities depends on, in words.
 
-    Policy and reference are computed alike. Else their difference would be of rounding, too.
+    A reference that was computed in another way would add rounding to every log-ratio.
     """
     device = run.device.type
     if device == "cuda":

@@ -67,8 +67,13 @@ from archangel.errors import UserError
 from archangel.run import run_script
 from archangel.workload import SHAPES, useful_work
 
-# Freed memory stays with the process. This is faster, and the same for all contenders.
-ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+# Freed memory stays with the process. This is faster, and the same for all contenders, as is what
+# common.start_run sets on a GPU.
+ALLOCATOR = {
+    "MALLOC_TRIM_THRESHOLD_": "-1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
 UNLIMITED = 2**62  # tokens of a micro-batch: the whole batch is one
 
 

@@ -127,7 +127,8 @@ def ours(connection, config, folder: Path, records_path: Path, name: str, stage:
     try:
         script.train(make_script_config(script, config, folder, records_path, name, stage))
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def leave_out_ideas(policy: common.Policy, run: common.Run, stage: Stage) -> None:

@@ -40,7 +40,7 @@ def compile_backend(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def compiled_layers(device: torch.device) -> Iterator[None]:
-    """torch.compile fuses the elementwise operations of a layer, which read and write most."""
+    """Fuse the elementwise operations of each layer, which are limited by memory bandwidth."""
     original = common.prepare_policy
     layers = []
 
@@ -61,7 +61,8 @@ def compiled_layers(device: torch.device) -> Iterator[None]:
     try:
         with (
             mock.patch.object(common, "prepare_policy", prepare_policy),
-            torch._dynamo.config.patch(recompile_limit=64),  # with and without gradient, ...
+            # Padded without gradient, packed with gradient and without, each for changing sizes.
+            torch._dynamo.config.patch(recompile_limit=64),
         ):
             yield
     finally:
@@ -76,7 +77,7 @@ def compiled_layers(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiled_optimizer(device: torch.device) -> Iterator[None]:
-    """One kernel for all that is done to a weight. It is compiled again for every learning rate."""
+    """Update a weight by one kernel. It is compiled for one learning rate, then for all."""
     original = common.make_optimizer
 
     def make_optimizer(policy: common.Policy, config: object) -> torch.optim.Optimizer:
@@ -175,8 +176,9 @@ def varlen_attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     q = query[0].transpose(0, 1).to(value.dtype)  # (T, heads, head size)
-    k = key[0].transpose(0, 1).to(value.dtype)[segments.key_places]  # (keys, heads, head size)
-    v = value[0].transpose(0, 1)[segments.key_places]
+    # index_select, since the gradient of indexing sorts the indices first.
+    k = key[0].transpose(0, 1).to(value.dtype).index_select(0, segments.key_places)
+    v = value[0].transpose(0, 1).index_select(0, segments.key_places)  # (keys, heads, head size)
     attend = varlen_attn if q.is_cuda else plain_varlen_attention
     output = attend(
         q,
@@ -229,7 +231,7 @@ AttentionInterface.register("packed_varlen", varlen_attention)
 
 @contextlib.contextmanager
 def varlen(device: torch.device) -> Iterator[None]:
-    """Nothing is compiled, and there is no block mask to make."""
+    """Compute packed attention by varlen_attn, which needs no compilation and no block mask."""
 
     def use_packed_attention(model: PreTrainedModel, device: torch.device) -> None:
         model.set_attn_implementation("packed_varlen")
@@ -245,7 +247,7 @@ def varlen(device: torch.device) -> Iterator[None]:
 
 
 class ProductInFloat32(torch.autograd.Function):
-    """a @ b.T of bfloat16 matrices, which only the result is not."""
+    """a @ b.T of bfloat16 matrices, with the result in float32."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
@@ -265,7 +267,7 @@ class ProductInFloat32(torch.autograd.Function):
 
 @contextlib.contextmanager
 def bfloat16_head(device: torch.device) -> Iterator[None]:
-    """common.head_logits rounds its inputs to TF32, which takes twice the time of bfloat16."""
+    """Multiply bfloat16 matrices in the head; common.CoarseProduct takes TF32, at half the rate."""
 
     def head_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):

@@ -7,11 +7,11 @@ The prediction adds up, for one of N processes:
     states        float32 weights, gradients and optimizer state, each split over the processes
     gathered      bfloat16 weights of the root (embeddings, output head) and of two blocks, and the
                   root's and a block's gradients before they are split, in bfloat16 and float32;
-                  on one GPU: bfloat16 copies of all weights
+                  on one GPU: bfloat16 copies of all weights but the output head's
     activations   what the blocks keep for the backward pass, for every token of a micro-batch; with
                   --activation_checkpointing each block's input, and all of one block at a time
-    logits        of one chunk of the output head; their gradient overwrites them. And with several
-                  processes the head's weights in float32, and their gradient
+    logits        of one chunk of the output head; their gradient overwrites them. With several
+                  processes, also the head's weights in float32 and their gradient
 It leaves out the allocator's fragments, NCCL's buffers and the CUDA context: 10% is kept for them.
 """
 
@@ -94,7 +94,7 @@ def predict(
         gathered_gradients = (number_bytes + 4) * (root_weights + block_weights)
         gathered = gathered_weights + gathered_gradients
     elif number_bytes < 4:  # autocast keeps the copies that it makes
-        gathered = number_bytes * weights
+        gathered = number_bytes * (weights - config.vocab_size * width)
     else:
         gathered = 0
 

@@ -87,8 +87,8 @@ def segment_lengths(example) -> list[int]:
 def padded_length(num_tokens: int, device: torch.device | str) -> int:
     """The length of a packed sequence with this number of tokens.
 
-    On a CPU it has no padding. On a GPU it has whole blocks, at least two: flex attention is then
-    compiled once for all lengths.
+    On a CPU it has no padding. On a GPU it has whole blocks, at least two: torch would compile a
+    kernel of its own for a single block.
     """
     if torch.device(device).type == "cpu":
         return num_tokens
@@ -142,27 +142,30 @@ def packed_attention(
     for prompt_length, *completion_lengths in segment_lengths:
         part_lengths.append(prompt_length + sum(completion_lengths[:1]))
         part_lengths.extend(completion_lengths[1:])
-    parts = zip(
-        query.split(part_lengths, dim=2),
-        key.split(part_lengths, dim=2),
-        value.split(part_lengths, dim=2),
-    )
-    how = {"scale": scaling, "enable_gqa": key.shape[1] < query.shape[1]}
+    queries = query.split(part_lengths, dim=2)
+    keys = key.split(part_lengths, dim=2)
+    values = value.split(part_lengths, dim=2)
+    sdpa_options = {"scale": scaling, "enable_gqa": key.shape[1] < query.shape[1]}
     outputs = []
+    part = 0
     for prompt_length, *completion_lengths in segment_lengths:
-        q, k, v = next(parts)
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
-        outputs.append(output.transpose(1, 2))
+        k = keys[part]
+        v = values[part]
         prompt_k = k[:, :, :prompt_length]
         prompt_v = v[:, :, :prompt_length]
+        output = F.scaled_dot_product_attention(queries[part], k, v, is_causal=True, **sdpa_options)
+        outputs.append(output.transpose(1, 2))
+        part += 1
         for length in completion_lengths[1:]:
-            q, k, v = next(parts)
-            k = torch.cat([prompt_k, k], dim=2)
-            v = torch.cat([prompt_v, v], dim=2)
+            k = torch.cat([prompt_k, keys[part]], dim=2)
+            v = torch.cat([prompt_v, values[part]], dim=2)
             # Query i attends to the whole prompt, and to the completion up to token i.
             mask = torch.ones(length, prompt_length + length, dtype=torch.bool).tril(prompt_length)
-            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
+            output = F.scaled_dot_product_attention(
+                queries[part], k, v, attn_mask=mask, **sdpa_options
+            )
             outputs.append(output.transpose(1, 2))
+            part += 1
     return torch.cat(outputs, dim=1), None
 
 
@@ -175,7 +178,7 @@ def packed_flex_attention(
     packed: bool = False,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same on a GPU, where attention_mask is the block mask of the packed sequence."""
+    """packed_attention by flex attention, on a GPU. attention_mask: a block mask."""
     if not packed:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     # Under autocast, rotary embeddings leave query and key in float32. Flex attention wants one
