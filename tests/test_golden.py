@@ -46,7 +46,11 @@ def test_schedule_is_the_golden_one(name, tmp_path):
     assert make_schedule(case["script"], data, case["settings"]) == GOLDEN[name]["indices"]
 
 
-@pytest.mark.parametrize("name", DOUBLE)
+# The short form leaves out the toy's records where the same script has them in small micro-batches.
+SHORT = [name for name in DOUBLE if name not in ("sft toy", "slic toy", "ppo_offline toy")]
+
+
+@pytest.mark.parametrize("name", DOUBLE if LONG else SHORT)
 def test_float64_losses_are_the_golden_ones(name, tmp_path, monkeypatch):
     """To 1e-12 over the first 8 steps, to 1e-10 over 60: RMSprop amplifies rounding.
 

@@ -356,7 +356,7 @@ def test_uneven_data(script, nodes, processes, uneven_data, tmp_path):
     assert_same_metrics(alone, read_metrics(tmp_path / "several"), 1e-12)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS if LONG else ["kto", "sft"])
 def test_more_processes_than_examples(script, uneven_data, tmp_path):
     """In every step, one of three processes has no example."""
     settings = {**BASE, "data": uneven_data, "dtype": "float64", "batch_size": 2}

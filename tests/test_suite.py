@@ -599,7 +599,7 @@ def table(seeds: int = 2, prompts: int = 400, **rates: float) -> claims.Table:
 
 def outcome(kind: str, wins: claims.Table, weights: dict) -> str:
     """Whether a claim holds."""
-    claim = claims.Claim("c", "somebody", weights, kind)
+    claim = claims.Claim("c", "somebody", "somewhere", weights, kind)
     (record,) = claims.examine_all({"m": {"win": wins}}, {"m": [claim]})
     return record["here"]
 
