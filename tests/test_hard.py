@@ -340,7 +340,7 @@ def uneven_data(tmp_path_factory) -> str:
     return str(write_records(tmp_path_factory.mktemp("uneven") / "records.jsonl", records))
 
 
-GRIDS = [(2, 2)]  # nodes, and processes of each
+GRIDS = [(2, 1)]  # nodes, and processes of each
 if LONG:
     GRIDS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)]
 

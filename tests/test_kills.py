@@ -153,8 +153,12 @@ def test_sigkill(script, data, straight, tmp_path):
     assert kills.total() >= KILLS
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("processes", [1, 2])
+SIGNALS = [(signal.SIGTERM, 2), (signal.SIGINT, 1)]  # and the number of processes
+if LONG:
+    SIGNALS += [(signal.SIGTERM, 1), (signal.SIGINT, 2)]
+
+
+@pytest.mark.parametrize("number, processes", SIGNALS)
 def test_signal(number, processes, data, straight, tmp_path):
     """Saves, ends with status 75, and loses no step; one of two processes gets it first."""
     out = tmp_path / "run"
