@@ -82,8 +82,8 @@ def start_run(config) -> Run:
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
-        # Micro-batches differ in size. Without this, memory that was freed by one of them is often
-        # in pieces that are too small for the next. It is read when the GPU is first used.
+        # Micro-batches differ in size. Without this, the memory that one of them has freed is often
+        # too fragmented for the next. It is read when the GPU is first used.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

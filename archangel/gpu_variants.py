@@ -51,7 +51,7 @@ def compiled_layers(device: torch.device) -> Iterator[None]:
             layers.append(layer)
         return policy
 
-    # Flex attention is compiled by itself already.
+    # Flex attention is compiled separately already.
     functions = {
         "packed": packed.packed_attention,
         "packed_flex": packed.packed_flex_attention,

@@ -204,7 +204,7 @@ def arms_with_dropped(of_class: str) -> dict[str, Arm]:
 
 
 BETAS = ("0.01", "0.03", "0.1", "0.3", "1.0")
-# Title to value to arm. All train without SFT, but for two.
+# Title to value to arm. All train without SFT, except for those of beta.
 ABLATIONS = {
     "reference point": REFERENCE_POINTS,
     "reference point, replies with a greeting": {

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from helpers import assert_same_metrics, metric, train_here, write_toy_folder
+from helpers import assert_same_metrics, metric, read_record, train_here, write_toy_folder
 from torch._dynamo.utils import counters
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -61,6 +61,9 @@ def test_variant(name, small_data, tmp_path):
         found = train_here("dpo", tmp_path / "found", **settings)
     assert is_changed is (name != "")
     assert replaced_names() == before
+    assert (
+        read_record(tmp_path / "found")["packed_rows"] is True
+    )  # no fall-back to the padded layout
     assert (counters["stats"]["unique_graphs"] > 0) is name.startswith("compiled")
     if name == "bfloat16 head":
         losses = metric(found, "loss")
