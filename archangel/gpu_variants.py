@@ -7,7 +7,8 @@ its lines of code are worth the time. Each is a context manager that changes the
 as it lasts, and takes the device. On a CPU each computes the same numbers in a plain way, so that
 they can be tested.
 
-    compiled layers       each transformer layer but its attention, by torch.compile
+    compiled layers       each transformer layer but its attention, by torch.compile; on an H100 it
+                          was still compiling after two minutes
     compiled optimizer    the step of RMSprop, by torch.compile
     fused optimizer       AdamW's fused kernel; there is none for RMSprop
     varlen attention      flash attention over segments, in place of flex attention
@@ -180,6 +181,9 @@ def varlen_attention(
     k = key[0].transpose(0, 1).to(value.dtype).index_select(0, segments.key_places)
     v = value[0].transpose(0, 1).index_select(0, segments.key_places)  # (keys, heads, head size)
     attend = varlen_attn if q.is_cuda else plain_varlen_attention
+    options = {}
+    if k.shape[1] < q.shape[1]:
+        options["enable_gqa"] = True  # torch 2.11 does not know it
     output = attend(
         q,
         k,
@@ -190,7 +194,7 @@ def varlen_attention(
         segments.most_keys,
         scale=scaling,
         window_size=(-1, 0),  # causal: the last query of a part attends to all of its keys
-        enable_gqa=k.shape[1] < q.shape[1],
+        **options,
     )
     return output[None], None
 
@@ -205,7 +209,7 @@ def plain_varlen_attention(
     most_keys: int,
     scale: float | None,
     window_size: tuple[int, int],
-    enable_gqa: bool,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """varlen_attn for a causal window, in plain torch."""
     assert window_size == (-1, 0)

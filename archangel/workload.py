@@ -77,7 +77,10 @@ def write_model(shape: Shape, seed: int, folder: Path) -> None:
     is the end-of-sequence token.
     """
     torch.manual_seed(seed)
-    GPTNeoXForCausalLM(make_model_config(shape)).save_pretrained(folder)
+    # A CPU draws a billion random weights in half a minute.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = GPTNeoXForCausalLM(make_model_config(shape))
+    model.save_pretrained(folder)
     token_ids = {"<end>": 0}
     for number in range(1, shape.vocabulary):
         token_ids[str(number)] = number

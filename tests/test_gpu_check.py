@@ -190,8 +190,10 @@ def test_profile_of_a_gpu(tmp_path, capsys):
     check = gpu_check.Check("speed", True, tmp_path)
     check.device = torch.device("cuda", 0)
     case = gpu_check.SpeedCase("dpo", 8192)
-    profiler = SimpleNamespace(key_averages=lambda: averages)
+    traces = []
+    profiler = SimpleNamespace(key_averages=lambda: averages, export_chrome_trace=traces.append)
     gpu_check.report_profile(check, profiler, case, seconds=0.01)
+    assert traces == [str(tmp_path / "dpo_8192.json.gz")]
     (line,) = read_facts(capsys.readouterr().out)
     assert line["kernel_seconds"] == 0.006
     assert line["kernel_launches"] == 6
