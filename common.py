@@ -55,6 +55,7 @@ from archangel.data import prepare_mixture
 
 # "X as X" marks what is imported for the scripts, which import nothing else of the project.
 from archangel.errors import UserError as UserError
+from archangel.records import progress as progress
 from archangel.run import Run as Run
 from archangel.run import build_without_weights, load_language_model
 from archangel.run import check_settings as check_settings

@@ -342,7 +342,7 @@ def evaluate(
     losses = []
     log_ratios = []
     kls = []
-    for start in range(0, len(examples), config.batch_size):
+    for start in common.progress(range(0, len(examples), config.batch_size), "evaluate"):
         batch = list(range(start, min(start + config.batch_size, len(examples))))
         batch_log_ratios = torch.zeros(len(batch), dtype=run.dtype, device=run.device)
         kl = torch.zeros_like(batch_log_ratios)

@@ -353,7 +353,7 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics on held-out examples, a batch of consecutive ones at a time."""
     sums_of_batches = []
-    for start in range(0, len(examples), config.batch_size):
+    for start in common.progress(range(0, len(examples), config.batch_size), "evaluate"):
         batch = list(range(start, min(start + config.batch_size, len(examples))))
         desirable = labels_of(examples, batch, run)  # (B,)
         micro_batches = common.make_micro_batches(examples, batch, run)

@@ -194,7 +194,7 @@ def evaluate(
     """The metrics on held-out examples, a batch of consecutive ones at a time."""
     losses = []
     margins = []
-    for start in range(0, len(examples), config.batch_size):
+    for start in common.progress(range(0, len(examples), config.batch_size), "evaluate"):
         batch = list(range(start, min(start + config.batch_size, len(examples))))
         micro_batches = common.make_micro_batches(examples, batch, run)
         batch_losses = []

@@ -559,7 +559,9 @@ def read_records(data: str | Sequence[str], split: str) -> list[Record]:
 
 def progress(iterable: Iterable, description: str) -> Iterable:
     """Show a progress bar, on process 0, if it takes more than two seconds."""
-    return tqdm(iterable, description, delay=2, disable=os.environ.get("RANK", "0") != "0")
+    is_first = os.environ.get("RANK", "0") == "0"
+    # leave=None: inside of another bar, such as that of training, it disappears at its end.
+    return tqdm(iterable, description, delay=2, leave=None, disable=not is_first)
 
 
 def cache_folder() -> Path:

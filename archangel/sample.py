@@ -209,9 +209,9 @@ def sample(
 ) -> Iterator[list[dict]]:
     """Reply to prompts (see read_prompts). Yields batches; prompts of similar length are together.
 
-    To each prompt's own fields it adds `reply`, `tokens` (of the reply, without the token that ends
-    it) and `ended` (whether it ended with that token, and was not cut at `max_new_tokens`). A text
-    loses its start if it does not fit, with its reply, the model's number of positions.
+    To each prompt's own fields it adds `reply`, `reply_ids` (with the token that ends it), `tokens`
+    (without that token) and `ended` (whether there is one, and it was not cut at `max_new_tokens`).
+    A text loses its start if it does not fit, with its reply, the model's number of positions.
     """
     room = room_for_prompt(model.config.get_text_config(), max_new_tokens)
     encoded = encode_prompts(prompts, tokenizer, room)
@@ -251,12 +251,14 @@ def sample(
         for index, reply_ids in zip(batch, output[:, longest:].tolist()):
             ends = [place for place, token_id in enumerate(reply_ids) if token_id in end_ids]
             ended = len(ends) > 0
+            all_ids = reply_ids[: ends[0] + 1] if ended else reply_ids  # with the one that ends it
             if ended:
                 reply_ids = reply_ids[: ends[0]]
             replies.append(
                 {
                     **prompts[index],
                     "reply": tokenizer.decode(reply_ids, skip_special_tokens=True),
+                    "reply_ids": all_ids,
                     "tokens": len(reply_ids),
                     "ended": ended,
                 }

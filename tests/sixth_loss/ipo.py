@@ -166,7 +166,7 @@ def evaluate(
     """
     losses = []
     log_ratios = []
-    for start in range(0, len(examples), config.batch_size):
+    for start in common.progress(range(0, len(examples), config.batch_size), "evaluate"):
         batch = list(range(start, min(start + config.batch_size, len(examples))))
         batch_log_ratios = torch.zeros(len(batch), 2, dtype=run.dtype, device=run.device)
         if policy is not None:
