@@ -85,7 +85,7 @@ def bars(axes: Axes, numbers: dict, models: Sequence[dict], arms: Sequence[str])
     for arm in arms:
         if any((name, arm) in rows for name in model_names):
             shown_arms.append(arm)
-    width = 0.8 / len(shown_arms)
+    width = 0.8 / max(1, len(shown_arms))
     for number, arm in enumerate(shown_arms):
         color = COLORS[arm.removeprefix("sft+")]
         hatch = "///" if arm.startswith("sft+") else None
@@ -95,7 +95,7 @@ def bars(axes: Axes, numbers: dict, models: Sequence[dict], arms: Sequence[str])
                 continue
             row = rows[name, arm]
             win = row["win_rate_minus_half"]
-            x = group + (number - (len(shown_arms) - 1) / 2) * width
+            x = group + offset(number, len(shown_arms), width=0.8)
             label = None if is_in_legend else row["name"]
             is_in_legend = True
             axes.bar(
@@ -137,19 +137,22 @@ def win_rates(numbers: dict, path: Path, arms: Sequence[str]) -> None:
 
 
 def pushes(axes: Axes) -> None:
-    """Minus the gradient of each loss by the log-ratio of a desirable reply, over that log-ratio.
+    """The negative gradient of each loss with respect to a desirable completion's log-ratio.
 
-    The log-ratio of the other reply of a pair, and KTO's reference point, stay at 0.
+    Each is scaled to a maximum of 1. The log-ratio of the other completion of a pair, and KTO's
+    reference point, stay at 0. SFT and SLiC have no reference; here their log-probabilities are
+    measured from the reference's.
     """
     log_ratio = torch.linspace(-60, 60, 1201, dtype=torch.float64, requires_grad=True)  # nats
     zeros = torch.zeros_like(log_ratio)
     advantages = torch.ones_like(log_ratio)
     desirable = torch.ones_like(log_ratio, dtype=torch.bool)
+    mask = desirable  # of PPO, whose completions are of one token here
     losses = {
         "sft": sft.sft_loss(log_ratio),
         "slic": slic.slic_loss(log_ratio, zeros, log_ratio),  # its target is the chosen reply
         "dpo": dpo.dpo_loss(log_ratio, zeros, zeros, zeros),
-        "ppo": ppo_offline.ppo_offline_loss(log_ratio, zeros, advantages, desirable),
+        "ppo": ppo_offline.ppo_offline_loss(log_ratio, zeros, advantages, mask),
         "kto": kto.kto_loss(log_ratio, zeros, desirable, 0.0),
     }
     for name, loss in losses.items():
@@ -158,8 +161,8 @@ def pushes(axes: Axes) -> None:
         label = "PPO, a token" if name == "ppo" else name_of(name)
         style = "--" if name == "slic" else "-"  # half of it coincides with SFT's
         axes.plot(log_ratio.detach(), push, style, color=COLORS[name], label=label, linewidth=2)
-    axes.set_xlabel("how much likelier the wanted reply is\nthan before training, nats")
-    axes.set_ylabel("push upwards, of the largest")
+    axes.set_xlabel("log-ratio of the desirable completion, nats")
+    axes.set_ylabel("gradient magnitude, normalized")
     axes.set_ylim(-0.05, 1.4)
     axes.set_yticks([0, 0.5, 1])
     axes.legend(frameon=False, loc="upper center", ncols=3)
@@ -171,10 +174,10 @@ def overview(numbers: dict, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     pushes(left)
-    left.set_title("what a loss does", fontsize=11)
+    left.set_title("how strongly a loss pushes a desirable completion up", fontsize=11)
     largest = by_size(numbers, ("methods",))[-1:]
     bars(right, numbers, largest, arms_of(numbers))
-    right.set_title("what came of it", fontsize=11)
+    right.set_title("win rates after training", fontsize=11)
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
@@ -185,16 +188,19 @@ def figure2(numbers: dict, path: Path) -> None:
     win_rates(numbers, path, arms_of(numbers))
 
 
+ARMS_OF_FIGURE_5 = ("dpo", "kto", "sft+dpo", "sft+kto")
+
+
 @rc_context(STYLE)
 def figure5(numbers: dict, path: Path) -> None:
     """KTO against DPO, each with and without SFT before."""
-    win_rates(numbers, path, ["dpo", "kto", "sft+dpo", "sft+kto"])
+    win_rates(numbers, path, ARMS_OF_FIGURE_5)
 
 
 @rc_context(STYLE)
 def figure3(numbers: dict, path: Path) -> None:
     """How long each method's replies are, and how many end with the end-of-sequence token."""
-    models = by_size(numbers)
+    models = by_size(numbers, ("methods",))
     names = list(dict.fromkeys(row["name"] for row in numbers["methods"]))
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -287,8 +293,7 @@ def ablations(numbers: dict, path: Path) -> None:
 def contradictory(numbers: dict, path: Path) -> None:
     """The probability of the majority's reply, after training on labels that disagree."""
     rows = numbers["contradictory"]
-    model_names = {row["model"] for row in rows}
-    models = [model for model in by_size(numbers) if model["name"] in model_names]
+    models = by_size(numbers, ("contradictory",))
     figure = Figure(figsize=(1.5 + 5 * len(models), 4), layout="constrained")
     columns = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for axes, model in zip(columns, models):

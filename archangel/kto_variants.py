@@ -7,16 +7,17 @@ batch. The authors' code of December 2023 did two things differently:
     --group_size 4    the reference point is of the other half of 4 examples, 2 of each class, as on
                       a process that computes 4 of a batch's examples
 
-kto.py maximizes the sigmoid of an example's gain. Other functions of the gain z take its place:
+The gain z of an example is beta * (log-ratio - kl), or minus that for an undesirable one. kto.py
+maximizes sigmoid(z). Other functions of z take its place:
 
     --value identity             z
     --value log_sigmoid          log sigmoid(z)
     --value equation_6           Kahneman and Tversky's value of z, equation (6) of the report with
                                  alpha 0.88 and loss aversion 2.25, where |z|^alpha is smoothed to
-                                 (z^2 + e^2)^(alpha / 2) - e^alpha. Its slope at 0 is 0, and before
-                                 training all gains are 0
+                                 (z^2 + e^2)^(alpha / 2) - e^alpha. Its slope at 0 is 0; before
+                                 training all gains are 0 but for rounding, which RMSprop scales up
     --value equation_6_shifted   the same, smoothed to (|z| + e)^alpha - e^alpha, whose slope at 0
-                                 is alpha e^(alpha - 1)
+                                 is alpha e^(alpha - 1) for gains, 2.25 times that for losses
 
 with e = 0.1. Batches of kto.py are half desirable, half undesirable:
 
@@ -24,7 +25,8 @@ with e = 0.1. Batches of kto.py are half desirable, half undesirable:
                                  a run has as many steps as with kto.py's batches
 
 It is the loop of kto.py for one process, and for a batch that fits in one micro-batch. Held-out
-metrics are those of kto.py, with its value and the reference point of a whole batch.
+metrics are always those of kto.py (the sigmoid, and the reference point of a whole batch), so that
+runs can be compared.
 
     python -m archangel.kto_variants --model toy --data toy --lr 2e-4 --warmup_steps 10 \\
         --attached --out runs/kto_attached
@@ -130,7 +132,7 @@ def value_of(gains: torch.Tensor, name: str) -> torch.Tensor:
     if name == "equation_6":
         power = (gains**2 + SMOOTHING**2) ** (ALPHA / 2) - SMOOTHING**ALPHA
     else:
-        magnitude = torch.where(gains >= 0, gains, -gains)  # abs() has no gradient at 0
+        magnitude = torch.where(gains >= 0, gains, -gains)  # torch's gradient of abs() is 0 at 0
         power = (magnitude + SMOOTHING) ** ALPHA - SMOOTHING**ALPHA
     return torch.where(gains >= 0, power, -LOSS_AVERSION * power)
 

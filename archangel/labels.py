@@ -1,7 +1,7 @@
 """Scores to labels: data for kto.py and ppo_offline.py from a number for each completion.
 
 The report (section 7) proposes to take the desirability of a completion from a black box, such as
-an interface that detects toxicity. This reads records as the trainers do and writes unpaired ones,
+a toxicity detection API. This reads records as the trainers do and writes unpaired ones,
 {"prompt", "completion", "label"}; a pair becomes two of them.
 
     python -m archangel.labels --data rated.jsonl --score rating --by median --out runs/rated
@@ -46,16 +46,15 @@ from archangel.tokenized import Tally
 from archangel.tokens import LeftOut, split_record
 
 RULES = ("threshold", "mean", "median", "bernoulli")
-ScoreFunction = Callable[
-    [dict, str, object, object], object
-]  # raw record, name, prompt, completion
+# Takes a raw record, the name of its completion, the prompt and the completion.
+ScoreFunction = Callable[[dict, str, object, object], object]
 
 
 # --------------------------------------------------------------------------------------- the scores
 
 
 def find_score_function(name: str) -> ScoreFunction:
-    """What gives the score of a completion: a function of --score, or a column. UserError."""
+    """The function that scores a completion, from --score. Raises UserError if there is none."""
     module_name, colon, function_name = name.partition(":")
     if not colon:
         return lambda values, which, prompt, completion: read_column(values, name, which)
@@ -110,7 +109,7 @@ def scored_completions(
 # --------------------------------------------------------------------------------------- the labels
 
 
-def find_threshold(scores: Sequence[float], rule: str, threshold: float | None) -> float:
+def find_threshold(scores: Sequence[float], rule: str, threshold: float | None) -> float | None:
     """The score from which a completion is desirable. scores: of the training completions."""
     if rule == "mean":
         return statistics.fmean(scores)
@@ -122,7 +121,7 @@ def find_threshold(scores: Sequence[float], rule: str, threshold: float | None) 
 def label_scores(
     scores: Sequence[float],
     rule: str,
-    threshold: float,
+    threshold: float | None,
     lower_is_better: bool = False,
     seed: Sequence[int] = (1,),
 ) -> list[bool]:
@@ -130,7 +129,7 @@ def label_scores(
 
     Args:
         rule: one of RULES.
-        threshold: of all rules but bernoulli.
+        threshold: None for bernoulli.
         seed: of the draws of bernoulli.
     Raises:
         UserError: for bernoulli, if a score is not between 0 and 1.
@@ -141,7 +140,7 @@ def label_scores(
         return [score >= threshold for score in scores]
     for score in scores:
         if not 0 <= score <= 1:
-            raise UserError(f"--by bernoulli: a score is {score:g}, and no probability")
+            raise UserError(f"--by bernoulli: a score is {score:g}, which is not a probability")
     drawn = np.random.default_rng(seed).random(len(scores))  # between 0 and 1, never 1
     if lower_is_better:
         return [number < 1 - score for number, score in zip(drawn.tolist(), scores)]
@@ -197,10 +196,12 @@ def print_counts(counts: dict, out: Path) -> None:
     for split in ("train", "test"):
         if split in counts:
             found = counts[split]
-            print(
-                f"{split}: {found['desirable']:,} desirable, {found['undesirable']:,} undesirable; "
-                f"scores between {found['lowest']} and {found['highest']}"
+            line = (
+                f"{split}: {found['desirable']:,} desirable, {found['undesirable']:,} undesirable"
             )
+            if found["lowest"] is not None:
+                line += f"; scores between {found['lowest']} and {found['highest']}"
+            print(line)
     if counts["threshold"] is not None:
         print(f"the threshold is {counts['threshold']:g}")
     print(f"the records are in {out}")

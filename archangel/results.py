@@ -25,14 +25,14 @@ from archangel.run import load_tokenizer
 from archangel.tokenized import tokenize
 from common import Examples, completion_logps, make_batch
 
-TABLES = {"data", "models", "methods", "ablations", "contradictory", "claims"}  # in numbers.json
+KEYS = {"data", "models", "methods", "ablations", "contradictory", "claims"}  # of numbers.json
 CAUTION = (
     "**What a toy can and cannot say.** It can show that an effect exists at all in one small, "
     "known world, that a setting is fragile there, and that the code does what an equation says. "
     "It cannot show that an effect exists in models of 1B to 30B, or how large it is there. Nor "
     "can it refute a claim about them: the toy's base model was trained on the very distribution "
     "that both replies of a pair are drawn from, its judge is a rule without noise, and all its "
-    'replies are short. "Does not" below means: not here.'
+    'replies are short. "Does not hold" below means only that it does not hold on the toy.'
 )
 Folders = dict[str, dict[int, Path]]  # arm to seed to the folder of its replies and verdicts
 
@@ -108,13 +108,13 @@ def log_odds(path: Path, replies: Sequence[tuple[str, str, str]]) -> np.ndarray:
         examples.add_record(number, [("chosen", "rejected")])
     batch = make_batch(examples)
     logps = batch.sum_completions(completion_logps(model, batch))  # (2 * prompts,)
-    first, second = logps.view(-1, 2).unbind(dim=1)
-    return (first - second).double().numpy()
+    first_logps, second_logps = logps.view(-1, 2).unbind(dim=1)
+    return (first_logps - second_logps).double().numpy()
 
 
-def share(log_odds: np.ndarray) -> np.ndarray:
+def share(odds: np.ndarray) -> np.ndarray:
     """Log-odds of two replies to the first one's share of their probability."""
-    return 1 / (1 + np.exp(-log_odds))
+    return 1 / (1 + np.exp(-odds))
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -143,7 +143,7 @@ def numbers_of_methods(model: str, tables: dict[str, Table], methods: Sequence[s
         if arm not in tables["win"]:
             continue
         wins = tables["win"][arm]
-        num_prompts = len(next(iter(wins.values())))
+        num_prompts = len(wins[min(wins)])
         rows.append(
             {
                 "model": model,
@@ -280,15 +280,17 @@ def draw(numbers: dict, out: Path) -> list[tuple[str, str]]:
     bars = "Thick lines are 75% intervals, thin ones 95%, over prompts; dots are seeds."
     if numbers["methods"]:
         text = (
-            "How hard each loss pushes a wanted reply, by how far it has come; and what came of it"
+            "Left: how strongly each loss increases the log-probability of a desirable completion, "
+            "by its log-ratio. Right: win rates"
         )
         add("overview.png", f"{text}. {bars}", figures.overview)
         text = "Win rate against the chosen reply, minus one half, by method and size"
         add("figure_2.png", f"Figure 2. {text}. {bars}", figures.figure2)
         text = "How long replies are, and how many end by themselves"
         add("figure_3.png", f"Figure 3. {text}. Lines are 95% intervals.", figures.figure3)
-        text = "KTO against DPO, with and without SFT before"
-        add("figure_5.png", f"Figure 5. {text}. {bars}", figures.figure5)
+        if any(row["arm"] in figures.ARMS_OF_FIGURE_5 for row in numbers["methods"]):
+            text = "KTO against DPO, with and without SFT before"
+            add("figure_5.png", f"Figure 5. {text}. {bars}", figures.figure5)
     if numbers["ablations"]:
         text = (
             "Ablations of KTO, and of DPO's beta. Lines are one standard deviation over seeds (95% "
@@ -328,7 +330,7 @@ def claims_table(records: Sequence[dict]) -> str:
         in_order.setdefault((record["claim"], record["contrast"]), []).append(record)
     tested = {
         "above": "> 0",
-        "par": f"within {statistics.MARGIN} of 0",
+        "equivalent": f"within {statistics.MARGIN} of 0",
         "not below": f"> -{statistics.MARGIN}",
     }
     head = "claim,who claims it,where,what is tested here,model,effect,95% interval,p,verdict"
@@ -340,7 +342,7 @@ def claims_table(records: Sequence[dict]) -> str:
             if record["measure"] == "tokens":
                 digits = 1
                 unit = " tokens"
-            verdict = f"**{record['here']}**"
+            verdict = f"**{record['outcome']}**"
             if "prompts_needed" in record:
                 verdict += f"; {record['prompts_needed']} prompts needed"
             rows.append(
@@ -425,7 +427,8 @@ def report(numbers: dict, drawn: Sequence[tuple[str, str]], about: dict | None =
 
     Args:
         drawn: (file name, caption) of each figure.
-        about: judge, seeds, prompts, commands (one per arm), seconds, failed (stage to reason).
+        about: judge, seeds, prompts, commands (of all training runs), seconds, and failed (stage to
+            reason).
     """
     models = []
     for model in numbers["models"]:
@@ -452,14 +455,16 @@ def report(numbers: dict, drawn: Sequence[tuple[str, str]], about: dict | None =
         if numbers["data"] == "toy":
             parts.append(CAUTION)
         parts += [
-            "The rules were fixed in `archangel/claims.py` before any result was seen. An effect "
-            "is the contrast that is tested: of win rates where nothing else is said. p-values are "
-            "corrected for their number (Holm). Intervals and tests are over prompts; where a "
-            "contrast should be above 0, it must be so for every seed, too. *Needed* are the "
-            "prompts that would show a contrast within the margin at the corrected level, with a "
-            "chance of 0.8, if the methods did not differ at all.",
+            "The tests, the margin and the rules for a verdict, in `archangel/claims.py`, were "
+            "fixed before any result was seen; that file says which claims were added or reworded "
+            "later. An effect is the contrast that is tested: of win rates where nothing else is "
+            "said. p-values are corrected for their number (Holm). Intervals and tests are over "
+            "prompts; where a contrast should be above 0, it must be so for every seed, too. For "
+            "claims of equivalence, *prompts needed* is the number of prompts with which the test "
+            "would succeed with probability 0.8 at the corrected level, if the methods were equal.",
             claims_table(numbers["claims"]),
-            "The report's claims on sizes (SFT+DPO is ahead at 30B) need its sizes.",
+            "Most of the report's claims are about models of certain sizes (column *where*). The "
+            "toy is smaller than all of them.",
         ]
     if numbers["ablations"]:
         parts += ["## Ablations", ablations_table(numbers["ablations"])]
@@ -530,7 +535,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             numbers = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {error}") from None
-        if not isinstance(numbers, dict) or not numbers.keys() >= TABLES:
+        if not isinstance(numbers, dict) or not numbers.keys() >= KEYS:
             raise UserError(f"{path}: is not a suite's numbers.json")
         several.append(numbers)
     write(args.out, together(several))

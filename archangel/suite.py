@@ -46,7 +46,7 @@ from archangel.tokens import LeftOut, split_record
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("sft", "slic", "dpo", "sft+dpo", "ppo", "sft+ppo", "kto", "sft+kto")  # the report's
-EXPERIMENTS = ("methods", "ablations", "contradictory")  # all of them
+EXPERIMENTS = ("methods", "ablations", "contradictory")  # what "all" stands for
 SCRIPTS = {
     "sft": "sft.py",
     "slic": "slic.py",
@@ -56,8 +56,10 @@ SCRIPTS = {
 }
 # By method, or by arm where that differs. Those of SLiC, PPO and the methods after SFT are the best
 # of three or four, a factor of 3 apart. They were compared for one seed, on 500 of the toy's
-# training records that were held out. No judged prompt was used. Those of the arms were chosen by
-# --experiment rates in the same way (toy_results/rates.md).
+# training records that were held out. No judged prompt was used. Those of SFT, DPO and KTO were set
+# by hand before that. Those of the arms were chosen by --experiment rates among RATES, in the same
+# way (toy_results/rates.md). Where the best is the largest, no larger one was tried. With an
+# undesirable weight of 2.0 or 3.0, every rate failed.
 TOY_RATES = {
     "sft": 3e-4,
     "slic": 1e-4,
@@ -78,7 +80,8 @@ TOY_RATES = {
     "kto_undesirable_weight_3.0": 6e-5,
 }
 TOY_SETTINGS = {"--warmup_steps": "10", "--save_every": "50"}
-# Defaults of this command, for the toy and for the report's models.
+# Defaults of this command, for the toy and for the report's models. The authors' code has 512
+# prompts; 512 new tokens and 8 processes are our choice.
 TOY_DEFAULTS = {"data": "toy", "n": 500, "max_new_tokens": 64, "processes": 1, "judge": "toy"}
 REPORT_DEFAULTS = {
     "data": "archangel",
@@ -88,7 +91,7 @@ REPORT_DEFAULTS = {
     "judge": "server",
 }
 # Models whose activations would not fit beside the weights on 8 GPUs, by archangel.memory.
-RECOMPUTE = ("7b", "12b", "13b", "30b")
+RECOMPUTE = ("llama-7b", "pythia-12b", "llama-13b", "llama-30b")
 MAJORITIES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 0.95)
 LABELS = 20  # of each prompt in the contradictory data, so that every majority is a whole number
 
@@ -102,9 +105,8 @@ class Arm:
     settings: tuple[tuple[str, str], ...] = ()  # (flag, value); "" for a flag without a value
     data: str = ""  # a folder that `write_data` makes; if empty, --data
     is_own_loop: bool = False  # trained by archangel/kto_variants.py, in one process
-    prompts: str = (
-        ""  # a folder that `write_data` makes, whose prompts are judged; if empty, --data
-    )
+    # A folder that `write_data` makes, whose prompts are judged; if empty, --data.
+    prompts: str = ""
 
     @property
     def name(self) -> str:
@@ -139,8 +141,9 @@ def vary(method: str, flag: str, values: Sequence[str], default: str) -> dict[st
     return by_value
 
 
-# The reference point by the settings of kto.py, and as the authors' code of December 2023 had it:
-# with gradient, and of the examples of one process, which were 4 of 32 on 8 GPUs.
+# The reference point by the settings of kto.py, and as in the authors' code of December 2023: with
+# gradient, and from the examples of one process alone. The report mentions minibatches of 4
+# examples per GPU (section 5), at a batch of 32 (section 6).
 ATTACHED = ("--attached", "")
 GROUPS_OF_4 = ("--group_size", "4")
 REFERENCE_POINTS = {
@@ -181,8 +184,9 @@ def arms_with_dropped(of_class: str) -> dict[str, Arm]:
     """KTO where examples of one class were dropped, and DPO on all pairs.
 
     As many steps each. KTO with batches that are half and half, as kto.py makes them, with weights
-    of 1 and in the proportion 4/3; and with batches that have the classes of the data, and weights
-    with which desirable_weight * desirable examples is 4/3 of the same for the undesirable ones.
+    of 1 and in the proportion 4/3; and as in the KTO paper, with batches that have the class ratio
+    of the data, weights with which desirable_weight * desirable examples is 4/3 of the same for the
+    undesirable ones, and the reference point of mismatched completions.
     """
     by_value = {"DPO": DPO_AS_MANY_STEPS}
     for percent in DROPPED:
@@ -223,14 +227,14 @@ ABLATIONS = {
     "undesirable examples dropped": arms_with_dropped("undesirable"),
 }
 
-RATES = ("2e-05", "6e-05", "0.0002")  # as 2e-05 is written in a command
+RATES = ("2e-05", "6e-05", "0.0002")  # as f"{rate:g}" prints them
 NUM_RATE_PROMPTS = 500  # training records that --experiment rates holds out
 
 
 def rate_arms() -> dict[str, dict[str, Arm]]:
     """Title to learning rate to arm: what --experiment rates compares."""
     by_title = {}
-    for name, arm in [*VALUES.items(), *LOSS_AVERSIONS.items()]:
+    for arm in [*VALUES.values(), *LOSS_AVERSIONS.values()]:
         if arm == Arm("kto"):
             continue
         by_rate = {}
@@ -242,7 +246,7 @@ def rate_arms() -> dict[str, dict[str, Arm]]:
                 data="rates",
                 prompts="rates",
             )
-        by_title[f"learning rate of {name}"] = by_rate
+        by_title[f"learning rate of {arm.name}"] = by_rate
     return by_title
 
 
@@ -307,11 +311,11 @@ def folder(args: argparse.Namespace, model: str, arm: Arm, seed: int) -> Path:
 
 def training(args: argparse.Namespace, model: str, arm: Arm, seed: int) -> tuple[str, ...]:
     """The command that trains an arm. It has --resume, which also starts a new run."""
-    start = model
+    start_model = model
     if arm.method.startswith("sft+"):
-        start = folder(args, model, Arm("sft"), seed)
+        start_model = folder(args, model, Arm("sft"), seed)
     data = args.out / "data" / arm.data if arm.data else args.data
-    settings = {"--model": start, "--data": data, "--out": folder(args, model, arm, seed)}
+    settings = {"--model": start_model, "--data": data, "--out": folder(args, model, arm, seed)}
     rate = args.rates.get(arm.name, args.rates.get(arm.method))
     if rate is not None:
         settings["--lr"] = f"{rate:g}"
@@ -334,7 +338,7 @@ def training(args: argparse.Namespace, model: str, arm: Arm, seed: int) -> tuple
         words.append(flag)
         if value != "":
             words.append(str(value))
-    if model.endswith(RECOMPUTE):
+    if model in RECOMPUTE:
         words.append("--activation_checkpointing")
     words.append("--resume")
     return tuple(words)
@@ -387,7 +391,7 @@ def stages_of(args: argparse.Namespace, model: str, arm: Arm, seed: int) -> list
 
 
 def cells(args: argparse.Namespace) -> list[tuple[str, Arm, int]]:
-    """Every model, arm and seed. A seed's arms are all done before the next seed's."""
+    """Every model, seed and arm, in this order."""
     found = []
     for model in args.models:
         for seed in range(1, args.seeds + 1):
@@ -423,10 +427,11 @@ def read_pairs(args: argparse.Namespace) -> list[tuple[dict, dict]]:
         except LeftOut:  # the trainers leave it out, too
             continue
         shared = {name: record[name] for name in TEMPLATE_COLUMNS if name in record}
+        completions_of_record = {}
         for name, completion in completions.items():
-            if not isinstance(completion, str):  # a message
-                completions[name] = [completion]
-        pairs.append(({"prompt": prompt, **shared}, completions))
+            is_text = isinstance(completion, str)  # else a message
+            completions_of_record[name] = completion if is_text else [completion]
+        pairs.append(({"prompt": prompt, **shared}, completions_of_record))
     return pairs
 
 
@@ -454,10 +459,10 @@ def one_reply(args: argparse.Namespace) -> Iterator[dict]:
 def greeting(args: argparse.Namespace) -> Iterator[dict]:
     """The toy's training pairs, where all replies begin with a greeting.
 
-    The toy's replies are drawn from what its base model was trained on. So the mean log-ratio of
-    both classes together is an estimate of minus a KL divergence, and the reference point seldom
-    above 0. People's replies are no model's own. The base model has never seen this greeting, and
-    all replies become likelier by learning it.
+    The toy's replies are samples of what its base model was trained on. So the mean log-ratio of
+    both classes together estimates minus a KL divergence, and the reference point is almost always
+    0. Replies of people are not samples of a model. The base model has never seen this greeting; in
+    training, all replies become more likely, and the reference point rises above 0.
     """
     for record in read_records(args.data, "train"):
         for name in ("chosen", "rejected"):
@@ -494,6 +499,7 @@ def contradictory(majority: float) -> Iterator[dict]:
 
 def write_data(args: argparse.Namespace) -> None:
     """Write the data folders that the arms need, each with a train.jsonl."""
+    # Generators: only what an arm needs is read and made.
     records = {"one_reply": one_reply(args), "greeting": greeting(args)}
     for of_class in CLASSES:
         for percent in DROPPED:
@@ -556,7 +562,10 @@ def find_done(stages: Sequence[Stage], out: Path) -> set[str]:
             continue
         if not is_outdated(stage):
             done.add(stage.name)
-        elif stage.output.suffix == ".jsonl":
+            continue
+        # It must not count as done after the stages that it needs, if this is interrupted.
+        record_of(stage, out).unlink()
+        if stage.output.suffix == ".jsonl":
             tqdm.write(f"{stage.output}: outdated, is made anew", file=sys.stderr)
             stage.output.unlink()
     return done
@@ -729,7 +738,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m archangel.suite",
         description="The report's experiment: train, sample, judge, figures, claims, report.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -738,21 +746,52 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=["methods"],
         choices=(*EXPERIMENTS, "all", "rates"),
-        help="which; rates: of the learning rates of some ablations, on held-out training records",
+        help="experiments to run (default: methods); rates: learning rates of some ablations, on "
+        "held-out training records",
     )
-    add("--models", nargs="+", default=["toy"], help="toy, folders, hub ids; report: its seven")
+    add(
+        "--models",
+        nargs="+",
+        default=["toy"],
+        help="toy (the default), folders, hub ids; report: its seven models",
+    )
     add("--data", help="as the trainers take it (default: toy; archangel for the report's models)")
-    add("--out", type=Path, default=Path("runs/suite"), help="a folder for everything")
-    add("--seeds", type=int, default=1, help="so many training seeds, from 1")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/suite"),
+        help="folder for everything (default: %(default)s)",
+    )
+    add("--seeds", type=int, default=1, help="number of training seeds: 1, 2, ... (default: 1)")
     add("--n", type=int, help="prompts to judge (default: 500; 512 for the report's models)")
-    add("--max_steps", type=int, default=0, help="optimizer steps a run; 0: one epoch")
+    add(
+        "--max_steps",
+        type=int,
+        default=0,
+        help="optimizer steps of every run; 0: as many as the epochs of its arm (default: 0)",
+    )
     add("--max_new_tokens", type=int, help="most tokens of a reply (default: 64; report's: 512)")
-    add("--lr", nargs="*", default=[], metavar="METHOD=RATE", help="learning rates that depart")
+    add(
+        "--lr",
+        nargs="*",
+        default=[],
+        metavar="METHOD=RATE",
+        help="learning rates of methods, in place of the defaults; also for all arms of a method",
+    )
     add("--jobs", type=int, help="stages at once (default: as many as cores; 1 with --processes)")
-    add("--processes", type=int, help="torchrun's, a training run (default: 1; report's models: 8)")
-    add("--judge", choices=("toy", "shorter", "server"), help="(default: toy; report's: server)")
-    add("--base_url", default="https://api.openai.com/v1", help="of the server that judges")
-    add("--judge_model", default="gpt-4-0613", help="the judge's name at the server")
+    add(
+        "--processes",
+        type=int,
+        help="processes of a training run, started by torchrun (default: 1; report's models: 8)",
+    )
+    add(
+        "--judge",
+        choices=("toy", "shorter", "server"),
+        help="the toy's own rules, the shorter reply, or a language model on a server (default: "
+        "toy; server for the report's models)",
+    )
+    add("--base_url", default="https://api.openai.com/v1", help="of the server (%(default)s)")
+    add("--judge_model", default="gpt-4-0613", help="model on the server (%(default)s)")
     add("--dry_run", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args(arguments)
     if args.models == ["report"]:
@@ -766,6 +805,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     if args.jobs is None:
         args.jobs = len(os.sched_getaffinity(0)) if args.processes == 1 else 1
+    if "rates" in args.experiment and len(args.experiment) > 1:
+        raise UserError("--experiment rates: judges other prompts, so it must be the only one")
     if "all" in args.experiment:
         args.experiment = list(EXPERIMENTS)
     return args
@@ -784,8 +825,6 @@ def check(args: argparse.Namespace) -> None:
     for name in ("contradictory", "rates"):
         if name in args.experiment and args.data != "toy":
             raise UserError(f"--experiment {name}: is about the toy; leave out --data")
-    if "rates" in args.experiment and len(args.experiment) > 1:
-        raise UserError("--experiment rates: judges other prompts, so it must be the only one")
     args.rates = dict(TOY_RATES) if args.data == "toy" else {}
     for word in args.lr:
         method, _, text = word.partition("=")
@@ -796,11 +835,14 @@ def check(args: argparse.Namespace) -> None:
         if method not in METHODS or not 0 < rate < math.inf:
             raise UserError(f"--lr {word}: must be METHOD=RATE, of {', '.join(METHODS)}")
         args.rates[method] = rate
+        for arm in arms(args):  # also of its arms that have a rate of their own
+            if arm.method == method and arm.variant:
+                args.rates.pop(arm.name, None)
 
 
 def interrupt(signal_number, frame) -> None:
     """End the suite after SIGTERM or Ctrl-C."""
-    raise Interrupted("the same command goes on from here")
+    raise Interrupted("run the same command again to resume")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -820,6 +862,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--out {args.out}: another suite is writing there") from None
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, interrupt)
+    if args.processes > 1 and "ablations" in args.experiment:
+        print("left out, since kto_variants.py trains in one process: the arms that need it")
     write_data(args)
     failed = execute(stages, args.out, args.jobs)
     collect(args, stages, failed)

@@ -601,26 +601,26 @@ def outcome(kind: str, wins: claims.Table, weights: dict) -> str:
     """Whether a claim holds."""
     claim = claims.Claim("c", "somebody", "somewhere", weights, kind)
     (record,) = claims.examine_all({"m": {"win": wins}}, {"m": [claim]})
-    return record["here"]
+    return record["outcome"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "a", "b", "prompts", "here"),
+    ("kind", "a", "b", "prompts", "expected"),
     [
         ("above", 0.7, 0.4, 400, "holds"),
-        ("above", 0.4, 0.7, 400, "does not"),
+        ("above", 0.4, 0.7, 400, "does not hold"),
         ("above", 0.5, 0.48, 50, "cannot tell"),
-        ("par", 0.5, 0.5, 20000, "holds"),
-        ("par", 0.5, 0.8, 400, "does not"),
-        ("par", 0.5, 0.5, 50, "cannot tell"),
+        ("equivalent", 0.5, 0.5, 20000, "holds"),
+        ("equivalent", 0.5, 0.8, 400, "does not hold"),
+        ("equivalent", 0.5, 0.5, 50, "cannot tell"),
         ("not below", 0.8, 0.5, 400, "holds"),
-        ("not below", 0.3, 0.7, 400, "does not"),
+        ("not below", 0.3, 0.7, 400, "does not hold"),
         ("not below", 0.45, 0.5, 50, "cannot tell"),
     ],
 )
-def test_decide(kind, a, b, prompts, here):
+def test_decide(kind, a, b, prompts, expected):
     wins = table(prompts=prompts, kto=a, dpo=b)
-    assert outcome(kind, wins, {"kto": 1.0, "dpo": -1.0}) == here
+    assert outcome(kind, wins, {"kto": 1.0, "dpo": -1.0}) == expected
 
 
 def test_above_requires_every_seed():
@@ -637,7 +637,7 @@ def test_claim_share_of_gain():
     most = table(base=0.1, sft=0.5, sft_dpo=0.6)
     little = table(base=0.1, sft=0.2, sft_dpo=0.6)
     assert outcome(claim.kind, most, claim.weights) == "holds"
-    assert outcome(claim.kind, little, claim.weights) == "does not"
+    assert outcome(claim.kind, little, claim.weights) == "does not hold"
     record = claims.examine(claim, most)
     # SFT's gain less half of the whole gain: 0.5 - (0.1 + 0.6) / 2.
     assert record["effect"] == pytest.approx(0.15, abs=0.05)
@@ -650,7 +650,7 @@ def test_examine_all():
     records = claims.examine_all(tables, claims_of_models)
     assert [record["contrast"] for record in records] == ["KTO - DPO"] * 2
     assert records[0]["who"] == "report"
-    assert records[0]["where"] == "section 5"
+    assert records[0]["where"] == "section 5, item 3, at 13B and 30B"
     expected = statistics.holm([record["p"] for record in records])
     assert [record["p_holm"] for record in records] == expected
 
@@ -696,7 +696,7 @@ def test_claims_of_contradictory_labels():
 def test_prompts_needed():
     """Those of a claim of equivalence follow from the variance of its contrast."""
     wins = table(seeds=1, prompts=2000, kto=0.5, dpo=0.5)
-    claim = claims.Claim("c", "somebody", "somewhere", {"kto": 1.0, "dpo": -1.0}, "par")
+    claim = claims.Claim("c", "somebody", "somewhere", {"kto": 1.0, "dpo": -1.0}, "equivalent")
     (record,) = claims.examine_all({"m": {"win": wins}}, {"m": [claim]})
     sd = np.std(wins["kto"][1] - wins["dpo"][1], ddof=1)
     needed = statistics.prompts_needed(sd)
@@ -816,10 +816,10 @@ def test_results_main(finished, tmp_path):
         assert both[name] == first[name] + second[name]
     pvalues = [record["p"] for record in both["claims"]]
     assert [record["p_holm"] for record in both["claims"]] == statistics.holm(pvalues)
-    par_claims = [record for record in both["claims"] if record["kind"] == "par"]
-    assert max(record["prompts_needed"] for record in par_claims) > 40
+    claims_of_equivalence = [record for record in both["claims"] if record["kind"] == "equivalent"]
+    assert max(record["prompts_needed"] for record in claims_of_equivalence) > 40
     report = (out / "report.md").read_text()
-    assert f"{par_claims[0]['prompts_needed']} prompts needed" in report
+    assert f"{claims_of_equivalence[0]['prompts_needed']} prompts needed" in report
     assert report.count("![") == 5
     lines = [line for line in report.splitlines() if line.startswith("| KTO alone beats DPO")]
     assert [line.split(" | ")[4] for line in lines] == ["toy", "small"]
