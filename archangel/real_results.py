@@ -1,4 +1,4 @@
-"""What archangel.real_model found: numbers, a table and a picture, from the folders of its runs."""
+"""The results of archangel.real_model as numbers, tables and a figure, from its folders."""
 
 import json
 import statistics
@@ -9,19 +9,28 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from archangel.claims import win_interval
 from archangel.figures import COLORS, STYLE, save
 from archangel.judge import write
+from archangel.results import markdown_table
 from archangel.rewards import log_ratios, summarize
-from archangel.statistics import binomial_interval
 
-NAMES = {
-    "sft": "SFT",
-    "dpo": "DPO",
-    "kto": "KTO",
-    "kto_one_reply": "KTO, one reply per prompt",
-    "sft+dpo": "SFT+DPO",
-    "sft+kto": "SFT+KTO",
-}
+# Of a run; these are averaged over seeds.
+AVERAGED = (
+    "reward_accuracy",
+    "log_ratio_chosen",
+    "log_ratio_rejected",
+    "log_ratio_margin",
+    "kl_of_replies",
+    "reply_tokens",
+    "replies_ended",
+    "steps_with_kl_above_0",
+    "steps",
+    "seconds",
+    "reference_seconds",
+    "tokens_per_second",
+    "max_memory_mib",
+)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -29,58 +38,63 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def describe_replies(replies: Sequence[dict]) -> dict[str, float]:
-    """Their mean length, and the share that ended by itself."""
+def describe_replies(folder: Path, shown_prompts: Sequence[str]) -> dict:
+    """The mean length of a model's replies, the share that ended by itself, and the shown ones."""
+    replies = read_lines(folder / "replies.jsonl")
+    shown = {}  # the file is in order of length
+    for reply in read_lines(folder / "shown.jsonl"):
+        shown[reply["conversation"]["prompt"][-1]["content"]] = reply["reply"]
     return {
         "replies": len(replies),
         "reply_tokens": statistics.fmean(reply["tokens"] for reply in replies),
         "replies_ended": statistics.fmean(float(reply["ended"]) for reply in replies),
+        "shown": [shown[prompt] for prompt in shown_prompts],
     }
 
 
-def describe_run(folder: Path, num_shown: int) -> dict:
-    """One trained model. num_shown: of its first replies, which are to harmless prompts."""
+def describe_run(folder: Path, shown_prompts: Sequence[str]) -> dict:
+    """One trained model."""
     run = json.loads((folder / "run.json").read_text())
     metrics = read_lines(folder / "metrics.jsonl")
     steps = [line for line in metrics if "loss" in line]
     rewards = read_lines(folder / "rewards.jsonl")
-    replies = read_lines(folder / "replies.jsonl")
-    curve_names = [
-        name
-        for name in steps[0]
-        if name.startswith(("loss", "reward_", "log_ratio_", "kl", "grad_norm"))
-    ]
     pairs = [row for row in rewards if "chosen" in row["completions"]]
     differences = np.subtract(log_ratios(pairs, "chosen"), log_ratios(pairs, "rejected"))
+    curves = {}
+    for name in steps[0]:
+        if name.startswith(("loss", "reward_", "log_ratio_", "kl", "grad_norm")):
+            curves[name] = [line[name] for line in steps]
     described = {
         **summarize(rewards),
-        **describe_replies(replies[num_shown:]),
-        "wins": np.heaviside(differences, 0.5).tolist(),
-        "shown": [reply["reply"] for reply in replies[:num_shown]],
+        **describe_replies(folder, shown_prompts),
+        "wins": np.heaviside(differences, 0.5).tolist(),  # of each test pair
+        "beta": run["settings"].get("beta"),  # SFT has none
         "machine": run["machine"],
         "steps": run["steps"],
         "seconds": metrics[-1]["seconds"],
-        "reference_seconds": run.get("reference_seconds"),
+        "reference_seconds": run.get("reference_seconds", 0.0),
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in steps),
         "max_memory_mib": max(line["max_memory_mib"] for line in steps),
-        "curve": {name: [line[name] for line in steps] for name in curve_names},
+        "curves": curves,
     }
-    if "kl" in steps[0]:
-        above = [float(line["kl"] > 0) for line in steps]
-        described["steps_with_kl_above_0"] = statistics.fmean(above)
+    if "kl" in curves:
+        described["steps_with_kl_above_0"] = statistics.fmean(kl > 0 for kl in curves["kl"])
     return described
 
 
 def over_seeds(runs: Sequence[dict]) -> dict:
-    """The means over seeds, and the interval of the accuracy over prompts."""
+    """Means over seeds, and the interval of the accuracy over test pairs.
+
+    For one seed it is Wilson's. For several it is by the bootstrap: pairs are drawn with all of
+    their seeds.
+    """
     means = {}
-    for name, value in runs[0].items():
-        if isinstance(value, int | float) and all(name in run for run in runs):
+    for name in AVERAGED:
+        if name in runs[0]:
             means[name] = statistics.fmean(run[name] for run in runs)
-    wins = np.mean([run["wins"] for run in runs], axis=0)  # of each pair, over seeds
-    means["reward_accuracy_95"] = list(binomial_interval(float(wins.sum()), len(wins), 0.95))
-    accuracies = [run["reward_accuracy"] for run in runs]
-    means["reward_accuracy_of_seeds"] = accuracies
+    low, high = win_interval(np.array([run["wins"] for run in runs]), 0.95)
+    means["reward_accuracy_95"] = [low + 0.5, high + 0.5]
+    means["reward_accuracy_of_seeds"] = [run["reward_accuracy"] for run in runs]
     return means
 
 
@@ -90,74 +104,100 @@ def over_seeds(runs: Sequence[dict]) -> dict:
 def make_report(results: dict) -> str:
     """The results as Markdown."""
     counts = results["counts"]
-    lines = [
+    parts = [
         f"# {results['model']} on HH harmless",
-        "",
-        f"{results['training_pairs']} training pairs, {counts['held_out']} held-out pairs, "
-        f"{results['seeds']} seed(s). Written by `python -m archangel.real_model`.",
-        "",
-        "| method | learning rate | reward accuracy [95%] | log-ratio chosen | rejected | margin "
-        "| KL of replies | reply, tokens | ended | steps with `kl` > 0 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"{results['training_pairs']} training pairs, {counts['test']} test pairs that nothing was "
+        f"trained on or chosen by, batches of {results['batch_size']}, AdamW, beta 0.1, training "
+        f"seeds: {results['seeds']}. Written by `python -m archangel.real_model`.",
+        results_table(results),
+        "Log-ratios (log pi - log pi_ref, of whole completions) and KL divergences are in nats. "
+        "*Reward accuracy* is the share of test pairs whose chosen reply has the higher log-ratio; "
+        "its interval is over pairs. The reference of a method after SFT is the SFT model, else "
+        "the model before training. *KL* is that of replies sampled to test prompts, of at most "
+        f"{results['max_new_tokens']} tokens, from the reference. *Ended* is the share of replies "
+        "that ended by themselves.",
+        "## Learning rates",
+        f"Validation loss after training with seed 1 on {counts['subset']} pairs. The lowest was "
+        "taken; where it is at the end of the range, a better rate may lie beyond.",
+        rates_table(results),
+        "## Time and memory",
+        f"{results['jobs']} stages at once shared the machine. KTO takes both replies of a pair as "
+        "examples, so its epoch has twice as many steps.",
+        time_table(results),
+        "## Replies to harmless prompts",
+        *shown_replies(results),
     ]
+    return "\n\n".join(parts) + "\n"
+
+
+def results_table(results: dict) -> str:
+    """A row for each method."""
+    head = ["method", "learning rate", "reward accuracy", "95% interval", "log-ratio of chosen"]
+    head += ["of rejected", "difference", "KL", "reply, tokens", "ended", "steps with `kl` > 0"]
     before = results["before"]
-    lines.append(
-        f"| before training | | | 0 | 0 | 0 | 0 | {before['reply_tokens']:.0f} "
-        f"| {before['replies_ended']:.0%} | |"
-    )
-    for method, row in results["methods"].items():
+    blank = [""] * 7
+    length = f"{before['reply_tokens']:.0f}"
+    rows = [["before training", *blank, length, f"{before['replies_ended']:.0%}", ""]]
+    for row in results["methods"].values():
         mean = row["mean"]
         low, high = mean["reward_accuracy_95"]
         above = ""
         if "steps_with_kl_above_0" in mean:
             above = f"{mean['steps_with_kl_above_0']:.0%}"
-        lines.append(
-            f"| {NAMES[method]} | {row['rate']} "
-            f"| {mean['reward_accuracy']:.1%} [{low:.1%}, {high:.1%}] "
-            f"| {mean['log_ratio_chosen']:+.1f} | {mean['log_ratio_rejected']:+.1f} "
-            f"| {mean['log_ratio_margin']:+.1f} | {mean['kl_of_replies']:.1f} "
-            f"| {mean['reply_tokens']:.0f} | {mean['replies_ended']:.0%} | {above} |"
+        accuracy = f"{mean['reward_accuracy']:.1%}"
+        seeds = mean["reward_accuracy_of_seeds"]
+        if len(seeds) > 1:
+            accuracy += f" (seeds {min(seeds):.1%} to {max(seeds):.1%})"
+        rows.append(
+            [
+                row["label"],
+                row["rate"],
+                accuracy,
+                f"{low:.1%} to {high:.1%}",
+                f"{mean['log_ratio_chosen']:+.1f}",
+                f"{mean['log_ratio_rejected']:+.1f}",
+                f"{mean['log_ratio_margin']:+.1f}",
+                f"{mean['kl_of_replies']:.1f}",
+                f"{mean['reply_tokens']:.0f}",
+                f"{mean['replies_ended']:.0%}",
+                above,
+            ]
         )
-    lines += [
-        "",
-        "Log-ratios (log pi - log pi_ref of whole completions) and KL divergences are in nats, "
-        "means over held-out pairs or sampled replies.",
-        "",
-        "## Learning rates",
-        "",
-        "The loss on the pairs for choosing, after training with seed 1 on "
-        f"{counts['few']} pairs; the lowest was taken.",
-        "",
-        "| method | " + " | ".join(["rate: loss"] * 3) + " |",
-        "| --- | --- | --- | --- |",
-    ]
-    for method, row in results["methods"].items():
-        cells = [f"{rate}: {loss:.4f}" for rate, loss in row["losses_by_rate"].items()]
-        cells += [""] * (3 - len(cells))
-        lines.append(f"| {NAMES[method]} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "## Time and memory",
-        "",
-        "| method | steps | seconds, all | of it the reference pass | completion tokens per second "
-        "| peak memory, MiB |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for method, row in results["methods"].items():
+    return markdown_table(head, rows)
+
+
+def rates_table(results: dict) -> str:
+    """The validation losses of all learning rates."""
+    rows = []
+    for row in results["methods"].values():
+        losses = [f"{rate}: {loss:.4f}" for rate, loss in row["losses_by_rate"].items()]
+        rows.append([row["label"], ", ".join(losses) or "not chosen, given", row["rate"]])
+    return markdown_table(["method", "loss by learning rate", "taken"], rows)
+
+
+def time_table(results: dict) -> str:
+    """Seconds and memory of the reported runs, means over seeds."""
+    head = ["method", "steps", "seconds, all", "of them for the reference"]
+    head += ["completion tokens per second", "peak memory, MiB"]
+    rows = []
+    for row in results["methods"].values():
         mean = row["mean"]
-        reference = mean.get("reference_seconds")
-        lines.append(
-            f"| {NAMES[method]} | {mean['steps']:.0f} | {mean['seconds']:.0f} "
-            f"| {'' if reference is None else f'{reference:.0f}'} "
-            f"| {mean['tokens_per_second']:.0f} | {mean['max_memory_mib']:.0f} |"
-        )
-    lines += ["", "## Replies to harmless prompts", ""]
+        cells = [row["label"], f"{mean['steps']:.0f}", f"{mean['seconds']:.0f}"]
+        cells.append(f"{mean['reference_seconds']:.0f}")
+        cells += [f"{mean['tokens_per_second']:.0f}", f"{mean['max_memory_mib']:.0f}"]
+        rows.append(cells)
+    return markdown_table(head, rows)
+
+
+def shown_replies(results: dict) -> list[str]:
+    """Of each harmless prompt, a list of the replies of all methods, with seed 1."""
+    parts = []
     for number, prompt in enumerate(results["shown_prompts"]):
-        lines += [f"**{prompt}**", "", f"- before training: {quote(before['shown'][number])}"]
-        for method, row in results["methods"].items():
-            lines.append(f"- {NAMES[method]}: {quote(row['runs'][0]['shown'][number])}")
-        lines.append("")
-    return "\n".join(lines) + "\n"
+        lines = [f"- before training: {quote(results['before']['shown'][number])}"]
+        for row in results["methods"].values():
+            lines.append(f"- {row['label']}: {quote(row['runs'][0]['shown'][number])}")
+        parts += [f"**{prompt}**", "\n".join(lines)]
+    return parts
 
 
 def quote(text: str) -> str:
@@ -165,66 +205,80 @@ def quote(text: str) -> str:
     return " ".join(text.split())
 
 
-# ------------------------------------------------------------------------------------ the picture
+# ------------------------------------------------------------------------------------- the figure
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """The mean over up to `window` values around each."""
-    values = np.array([np.nan if value is None else value for value in values], float)
+    """The mean of the values up to window / 2 places away from each."""
     half = window // 2
     means = []
     for place in range(len(values)):
-        means.append(np.nanmean(values[max(0, place - half) : place + half + 1]))
+        means.append(np.mean(values[max(0, place - half) : place + half + 1]))
     return np.array(means)
+
+
+def log_ratio_curves(run: dict) -> tuple[np.ndarray, np.ndarray] | None:
+    """Log-ratios of chosen or desirable, and of rejected or undesirable, in the training batches.
+
+    None for SFT, which has no reference.
+    """
+    curves = run["curves"]
+    if "log_ratio_desirable" in curves:
+        good = np.array(curves["log_ratio_desirable"])
+        bad = np.array(curves["log_ratio_undesirable"])
+    elif "reward_chosen" in curves:
+        good = np.array(curves["reward_chosen"]) / run["beta"]
+        bad = np.array(curves["reward_rejected"]) / run["beta"]
+    else:
+        return None
+    window = max(1, len(good) // 8)
+    return smooth(good, window), smooth(bad, window)
 
 
 @rc_context(STYLE)
 def draw(results: dict, path: Path) -> None:
-    """Log-ratios and margins during training, and the accuracy on held-out pairs."""
-    figure = Figure(figsize=(14, 4.4), layout="constrained")
-    ratios, margins, accuracy = figure.subplots(1, 3)
-    for number, (method, row) in enumerate(results["methods"].items()):
-        color = COLORS[method.removeprefix("sft+").partition("_")[0]]
-        style = "-"
-        if method.startswith("sft+"):
-            style = "--"
-        elif method == "kto_one_reply":
+    """Log-ratios during training, by seed 1, and the reward accuracy on test pairs."""
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    log_ratios_axes, difference_axes, accuracy_axes = figure.subplots(1, 3)
+    for number, (name, row) in enumerate(results["methods"].items()):
+        color = COLORS[name.removeprefix("sft+").removesuffix("_one_reply")]
+        style = "--" if row["after_sft"] else "-"
+        if name.endswith("one_reply"):
             style = ":"
-        curve = row["runs"][0]["curve"]
-        for chosen, rejected in (
-            ("log_ratio_desirable", "log_ratio_undesirable"),
-            ("reward_chosen", "reward_rejected"),
-        ):
-            if chosen not in curve:
-                continue
-            scale = 1 if chosen.startswith("log_ratio") else 1 / results["beta"]
-            window = max(1, len(curve[chosen]) // 8)
-            good = scale * smooth(curve[chosen], window)
-            bad = scale * smooth(curve[rejected], window)
+        curves = log_ratio_curves(row["runs"][0])
+        if curves is not None:
+            good, bad = curves
             progress = np.arange(1, len(good) + 1) / len(good)
-            ratios.plot(progress, good, style, color=color, label=NAMES[method])
-            ratios.plot(progress, bad, style, color=color, alpha=0.4)
-            margins.plot(progress, good - bad, style, color=color, label=NAMES[method])
+            log_ratios_axes.plot(progress, good, style, color=color)
+            log_ratios_axes.plot(progress, bad, style, color=color, alpha=0.4)
+            difference_axes.plot(progress, good - bad, style, color=color, label=row["label"])
         mean = row["mean"]
-        low, high = mean["reward_accuracy_95"]
-        accuracy.vlines(number, low, high, color=color, linewidth=1.5)
         seeds = mean["reward_accuracy_of_seeds"]
-        accuracy.scatter([number] * len(seeds), seeds, facecolor="white", edgecolor=color, zorder=3)
-        accuracy.plot(number, mean["reward_accuracy"], "o", color=color)
-    for axes in (ratios, margins):
+        accuracy_axes.vlines(number, *mean["reward_accuracy_95"], color=color, linewidth=1.5)
+        if len(seeds) > 1:
+            accuracy_axes.scatter(
+                [number] * len(seeds), seeds, facecolor="white", edgecolor=color, zorder=3, s=16
+            )
+        accuracy_axes.plot(number, mean["reward_accuracy"], "o", color=color)
+    for axes in (log_ratios_axes, difference_axes):
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xlabel("share of the training steps")
         axes.grid(alpha=0.3)
-    ratios.set_ylabel("mean log-ratio, nats")
-    ratios.set_title("chosen or desirable (dark), rejected or undesirable (pale)", fontsize=11)
-    margins.set_ylabel("difference of these, nats")
-    margins.set_title("margin on training batches", fontsize=11)
-    margins.legend(frameon=False)
-    accuracy.axhline(0.5, color="black", linewidth=0.8)
-    names = [NAMES[method] for method in results["methods"]]
-    accuracy.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
-    accuracy.set_title("reward accuracy on held-out pairs, 95% intervals", fontsize=11)
-    accuracy.grid(axis="y", alpha=0.3)
+    log_ratios_axes.set_ylabel("mean log-ratio, nats")
+    log_ratios_axes.set_title(
+        "training batches: chosen or desirable (dark),\nrejected or undesirable (pale)", fontsize=11
+    )
+    difference_axes.set_ylabel("difference of log-ratios, nats")
+    difference_axes.set_title("training batches: difference of the two", fontsize=11)
+    difference_axes.legend(frameon=False)
+    accuracy_axes.axhline(0.5, color="black", linewidth=0.8)
+    labels = [row["label"] for row in results["methods"].values()]
+    accuracy_axes.set_xticks(
+        range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor"
+    )
+    accuracy_axes.set_ylabel("reward accuracy")
+    accuracy_axes.set_title("test pairs, 95% intervals", fontsize=11)
+    accuracy_axes.grid(axis="y", alpha=0.3)
     save(figure, path)
 
 

@@ -5,11 +5,11 @@
 For every held-out record (of a file, for every record), one line of JSON: for each of its
 completions the number of tokens, `logp` and `reference_logp`, the log-probabilities of the whole
 completion by the model and by the reference, in nats. beta * (logp - reference_logp) is the
-implicit reward of the losses here. So this also scores data that a model was not trained on.
+implicit reward of the losses here. The data need not be what the model was trained on.
 
-With --replies, a file of archangel.sample, also the replies in it. They were drawn from the model.
-So the mean over replies of logp - reference_logp estimates the KL divergence of the model from the
-reference, in nats per reply, if they were sampled with --top_p 1.
+With --replies, a file of archangel.sample, also the replies in it, which must be this model's, with
+--top_p 1. The mean over them of logp - reference_logp estimates the KL divergence of the model from
+the reference, in nats per reply, of replies that are cut at --max_new_tokens.
 
 Printed: the reward accuracy (the share of pairs whose chosen completion has the higher reward)
 with its 95% interval, the mean log-ratios, and the KL divergence.
@@ -26,6 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 import common
@@ -34,6 +35,7 @@ from archangel.errors import UserError, exit_status
 from archangel.judge import json_lines, write
 from archangel.records import find_files, find_sources, iter_records
 from archangel.run import find_model, load_language_model, load_tokenizer
+from archangel.sample import encode_prompts, room_for_prompt, weights_sha256
 from archangel.statistics import binomial_interval
 from archangel.tokens import LeftOut, RecordEncoder
 
@@ -44,8 +46,8 @@ def read_examples(
     """The held-out records of --data (of a file, all records), as token ids.
 
     Returns:
-        The places of the records, one {"place", "names"} each; their examples; and how many were
-        left out, by reason.
+        {"place", "names"} of each record, the names being those of its completions; the examples;
+        and how many records were left out, by reason.
     """
     prepare_mixture(data)
     sources = find_sources(data, needs_train=False)
@@ -77,17 +79,31 @@ def read_examples(
 
 
 def read_replies(file: Path, path: Path) -> tuple[list[dict], list[common.Example]]:
-    """The replies that archangel.sample wrote to a file, by the token ids that were sampled."""
-    encoder = RecordEncoder(load_tokenizer(path))
+    """The replies that archangel.sample wrote to a file, by the token ids that were sampled.
+
+    Raises UserError for replies of another model than the one in `path`, or not with --top_p 1.
+    """
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    weights = weights_sha256(path)
+    places = []
+    replies = []
+    for place, reply in json_lines(file, file.read_bytes()):
+        if not reply.get("reply_ids") or "sampled" not in reply:
+            raise UserError(f"{place}: has no reply_ids; sample it again by archangel.sample")
+        if reply["sampled"]["weights_sha256"] != weights:
+            raise UserError(f"{place}: is a reply of another model than {path}")
+        if reply["sampled"]["top_p"] != 1:
+            raise UserError(f"{place}: was not sampled with --top_p 1")
+        places.append(place)
+        replies.append(reply)
     rows = []
     examples = []
-    for place, reply in json_lines(file, file.read_bytes()):
-        if not reply.get("reply_ids"):
-            raise UserError(f"{place}: has no reply_ids; sample it again by archangel.sample")
-        record = reply.get("conversation", {"prompt": reply["prompt"]})
-        (tokens,) = encoder.encode([encoder.render(record)])
-        rows.append({"place": place, "names": ["reply"]})
-        examples.append(common.Example(tokens.prompt_ids, [reply["reply_ids"]]))
+    if replies:
+        room = room_for_prompt(config, replies[0]["sampled"]["max_new_tokens"])
+        prompts = encode_prompts(replies, load_tokenizer(path), room)  # as they were sampled
+        for place, reply, tokens in zip(places, replies, prompts):
+            rows.append({"place": place, "names": ["reply"]})
+            examples.append(common.Example(tokens.prompt_ids, [reply["reply_ids"]]))
     return rows, examples
 
 
@@ -100,6 +116,7 @@ def completion_logps(
     In the number format of the trainers: on a GPU in bfloat16, else in float32.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # What make_micro_batches and prepare_policy read of a common.Run.
     run = SimpleNamespace(
         device=device,
         bfloat16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
@@ -122,10 +139,11 @@ def completion_logps(
     for start in range(0, len(examples), window):
         batch = range(start, min(start + window, len(examples)))
         for micro_batch in common.make_micro_batches(sequence, batch, run):
-            sums = iter(micro_batch.sum_completions(policy(micro_batch)).tolist())
-            for place in micro_batch.places.tolist():
-                index = batch[place]
-                logps[index] = [next(sums) for _ in examples[index].completions_ids]
+            sums = micro_batch.sum_completions(policy(micro_batch))  # (C,)
+            indices = [batch[place] for place in micro_batch.places.tolist()]
+            num_completions = [len(examples[index].completions_ids) for index in indices]
+            for index, part in zip(indices, sums.split(num_completions)):
+                logps[index] = part.tolist()
             progress.update(len(micro_batch.places))
     progress.close()
     return logps
@@ -170,7 +188,7 @@ def summarize(rows: Sequence[dict]) -> dict[str, float | list[float]]:
     A tie counts as one half. Values in nats are of whole completions.
     """
     summary = {}
-    for name in ("chosen", "rejected", "completion"):
+    for name in ("chosen", "rejected"):
         values = log_ratios(rows, name)
         if values:
             summary[f"log_ratio_{name}"] = statistics.fmean(values)
@@ -182,7 +200,8 @@ def summarize(rows: Sequence[dict]) -> dict[str, float | list[float]]:
         summary["reward_accuracy"] = wins / len(pairs)
         summary["reward_accuracy_95"] = list(binomial_interval(wins, len(pairs), 0.95))
         summary["log_ratio_margin"] = float(differences.mean())
-        summary["log_ratio_margin_se"] = float(differences.std(ddof=1) / len(pairs) ** 0.5)
+        if len(pairs) > 1:
+            summary["log_ratio_margin_se"] = float(differences.std(ddof=1) / len(pairs) ** 0.5)
     replies = log_ratios(rows, "reply")
     if replies:
         summary["replies"] = len(replies)
