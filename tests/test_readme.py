@@ -1,31 +1,36 @@
-"""The README's commands run, or, where they need GPUs or the hub, are read by the command line."""
+"""Commands of the README and of the pages run or, where they need GPUs or the hub, are parsed."""
 
 import ast
-import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-import kto
-from archangel import judge, sample, suite
+from archangel import benchmark, kto_variants, real_model, suite
 from archangel.run import MODELS, parse_args
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in sorted((ROOT / "archangel").glob("*.md"))}
+PAGES[ROOT / "README.md"] = README
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-]
+
+
+def commands(text: str) -> list[str]:
+    """The lines of all blocks of shell commands."""
+    lines = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in block.splitlines():
+            lines.append(line.split("  #")[0].strip())
+    return lines
+
+
+COMMANDS = [line for text in PAGES.values() for line in commands(text)]
 
 
 def marked(name: str) -> str:
@@ -67,49 +72,9 @@ def test_first_command_trains_and_shows_replies(checkout):
 def test_sampling_and_judging(checkout):
     """Of the shipped model alone, and fewer prompts."""
     for line in COMMANDS:
-        if "archangel.sample toy" in line or "archangel.judge" in line:
+        if "archangel.sample toy" in line or "archangel.judge runs/kto.jsonl" in line:
             shown = run(line.replace("--n 500", "--n 4").replace("runs/kto.jsonl ", ""), checkout)
     assert "95% interval" in shown
-
-
-class Completions(BaseHTTPRequestHandler):
-    """A server of completions, as vLLM's documentation has it."""
-
-    def do_POST(self):
-        ask = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((self.path, ask))
-        choice = {"text": f" Reply {len(self.server.asked)}.", "finish_reason": "stop"}
-        body = json.dumps({"choices": [choice], "usage": {"completion_tokens": 4}}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-def test_sampling_from_a_server(tmp_path, monkeypatch):
-    text = (ROOT / "archangel" / "README.md").read_text()
-    program = re.search(r"<!-- sampling from a server -->\n```python\n(.*?)```", text, re.S)[1]
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
-    server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    program = program.replace("localhost:8000", f"127.0.0.1:{server.server_port}")
-    monkeypatch.chdir(tmp_path)
-    try:
-        exec(program.replace('read_prompts("archangel", 512)', 'read_prompts("toy", 5)'), {})
-    finally:
-        server.shutdown()
-        server.server_close()
-    prompts = [row["prompt"] for row in sample.read_prompts("toy", 5)]
-    assert [ask["prompt"] for _, ask in server.asked] == prompts
-    assert {path for path, _ in server.asked} == {"/v1/completions"}
-    assert all(ask["top_p"] == 0.95 and ask["max_tokens"] == 512 for _, ask in server.asked)
-    rows = judge.read_replies(tmp_path / "replies.jsonl")
-    assert [(row["reply"], row["ended"]) for row in rows] == [
-        (f" Reply {i}.", True) for i in range(1, 6)
-    ]
 
 
 def test_ci_runs_the_test_command():
@@ -122,7 +87,7 @@ def test_ci_runs_the_test_command():
 
 
 def test_copying_a_loss_needs_torch_alone(checkout):
-    command = next(line for line in COMMANDS if "getsource" in line)
+    command = re.search(r'`(python -c "import inspect, kto; .*?")`', README)[1]
     namespace = {}
     exec("import torch", namespace)
     exec(run(command, checkout), namespace)
@@ -155,18 +120,17 @@ def test_every_trainer_call_is_understood(call, monkeypatch, capsys):
         assert all(f"--{name}" in help_text for name in module.Config.__dataclass_fields__)
         return
     config = parse_args(module.Config, module.__doc__)
-    known = config.model in ("toy", *MODELS) or config.model.startswith("runs/")
-    assert known
+    assert config.model in ("toy", *MODELS) or config.model.startswith("runs/")
 
 
 def test_suite_and_memory_commands_are_understood(checkout):
-    """Those of archangel/README.md too."""
-    text = (ROOT / "archangel" / "README.md").read_text()
-    lines = [line.split("  #")[0] for line in text.splitlines() if line.startswith("python -m ")]
-    suites = [line for line in COMMANDS + lines if "archangel.suite" in line]
+    suites = [line for line in COMMANDS if "archangel.suite" in line]
     assert len(suites) >= 5
     for line in suites:
         suite.check(suite.parse(shlex.split(line)[3:]))
+    for line in COMMANDS:
+        if "archangel.real_model" in line:
+            real_model.parse(shlex.split(line)[3:])
     (memory,) = [line for line in COMMANDS if "archangel.memory" in line]
     assert "pythia-12b" in run(memory, checkout)
 
@@ -181,37 +145,43 @@ def test_data_commands_are_understood():
     assert labels.parse(shlex.split(line)[3:]).score == "archangel.toy:rudeness"
 
 
-def test_files_flags_and_functions_named_are_there():
-    for name in re.findall(r"`(\w[\w/]*\.(?:py|md|txt|toml))`", README):
-        assert (ROOT / name).exists(), name
-    flags = {f"--{name}" for name in kto.Config.__dataclass_fields__} | {"--epsilon"}
-    for flag in set(re.findall(r"(?<![\w-])--\w+(?!-)\b", README)):
-        assert flag in flags | {
-            "--against",
-            "--input",
-            "--help",
-            "--n",
-            "--show",
-            "--judge",
-            "--models",
-            "--seeds",
-            "--dry_run",
-            "--dist",
-            "--score",
-            "--by",
-            "--threshold",
-            "--lower_is_better",
-            *TORCHRUN,
-        }, flag
-    for row in re.findall(r"^\|.*\|$", README, re.M):
-        for script, functions in re.findall(r"`(\w+\.py)`: ((?:`\w+`(?:, )?)+)", row):
-            for function in re.findall(r"`(\w+)`", functions):
-                assert re.search(rf"^def {function}\(", (ROOT / script).read_text(), re.M), function
+def test_files_and_functions_named_are_there():
+    for path, text in PAGES.items():
+        for name in re.findall(r"`(\w[\w/]*\.(?:py|md|txt|toml))`", text):
+            assert (ROOT / name).exists() or (path.parent / name).exists(), f"{path.name}: {name}"
+        for row in re.findall(r"^\|.*\|$", text, re.M):
+            for script, functions in re.findall(r"`(\w+\.py)`: ((?:`\w+`(?:, )?)+)", row):
+                for function in re.findall(r"`(\w+)`", functions):
+                    source = (ROOT / script).read_text()
+                    assert re.search(rf"^def {function}\(", source, re.M), function
+
+
+def test_flags_named_are_there():
+    """Flags in running text are those of the scripts or of a command of the project."""
+    known = set(TORCHRUN)
+    for source in [*ROOT.glob("*.py"), *(ROOT / "archangel").glob("*.py")]:
+        text = source.read_text()
+        known |= set(re.findall(r'"(--\w+)"', text))
+        if source.parent == ROOT and source.stem not in ("common",):
+            module = __import__(source.stem)
+            known |= {f"--{name}" for name in module.Config.__dataclass_fields__}
+    for name in kto_variants.Config.__dataclass_fields__:
+        known.add(f"--{name}")
+    for name in benchmark.Config.__dataclass_fields__:
+        known.add(f"--{name}")
+    for path, text in PAGES.items():
+        text = re.sub(r"```.*?```", "", text, flags=re.S)
+        for code in re.findall(r"`([^`]*)`", text):
+            if code.startswith(("pip ", "alpaca_eval", "lm_eval", "vllm")):
+                continue
+            for flag in re.findall(r"(?<![\w-])--\w+(?!-)\b", code):
+                assert flag in known | {"--help"}, f"{path.name}: {flag}"
 
 
 def equation_table() -> dict[str, list[str]]:
     """What the report has, to where it is, is tested and is drawn."""
-    section = README.split("## Equations and figures\n")[1].split("\n## ")[0]
+    text = PAGES[ROOT / "archangel" / "REPORT.md"]
+    section = text.split("## Equations and figures\n")[1].split("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
     return {row[0]: row[1:] for row in rows[2:]}
 
@@ -253,22 +223,25 @@ def test_the_equation_table_is_true(what):
     targets = re.findall(r"\[\d\]\(([\w/.]+)\)([^;,]*)", drawn)
     assert targets
     for target, heading in targets:
-        assert (ROOT / target).exists(), target
+        path = ROOT / "archangel" / target
+        assert path.exists(), target
         if target.endswith(".ipynb"):
-            plain = (ROOT / target).with_suffix(".py").read_text()
+            plain = path.with_suffix(".py").read_text()
             headings = re.findall(r"^# ##+ (?:\d\. |\(\d\) )?(.*)$", plain, re.M)
             assert any(line.startswith(heading.strip()) for line in headings), heading
 
 
-def test_links_within_the_project_lead_somewhere():
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_within_the_project_lead_somewhere(path):
     """Files are there, and so are the headings named after a #, as a code host names them."""
-    found = re.findall(r"\]\((?!https?:)([\w./]*)(?:#([\w-]+))?\)", README)
-    assert len(found) > 20
+    found = re.findall(r"\]\((?!https?:)([\w./]*)(?:#([\w-]+))?\)", PAGES[path])
+    if path.name == "README.md":
+        assert len(found) > 6
     for file, heading in found:
-        assert (ROOT / file).exists(), file
+        target = path.parent / file if file else path
+        assert target.exists(), file
         if heading:
-            text = (ROOT / (file or "README.md")).read_text()
-            titles = re.findall(r"^#+ (.*)$", text, re.M)
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
             names = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
             assert heading in names, f"{file}#{heading}"
 
