@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -127,6 +128,29 @@ def hh(raw_records: Iterable[dict], counts: Counts, seed: int = 1) -> Iterator[R
         )
 
     return convert_each(raw_records, convert, counts)
+
+
+def as_messages(dialogue: str) -> list[dict]:
+    """HH's "\\n\\nHuman: ...\\n\\nAssistant:" as messages.
+
+    A final assistant turn without text, which marks where the reply begins, is removed. Raises
+    LeftOut for a dialogue that has empty turns or turns that do not alternate.
+    """
+    opening, *parts = re.split(r"\n\n(Human|Assistant):", dialogue)
+    messages = []
+    for speaker, text in zip(parts[::2], parts[1::2]):
+        role = "user" if speaker == "Human" else "assistant"
+        messages.append({"role": role, "content": text.strip()})
+    if messages and messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()
+    if opening.strip() or len(messages) % 2 == 0:
+        raise LeftOut("turns that do not alternate")
+    for number, message in enumerate(messages):
+        if message["role"] != ("user" if number % 2 == 0 else "assistant"):
+            raise LeftOut("turns that do not alternate")
+        if not message["content"]:
+            raise LeftOut("an empty turn")
+    return messages
 
 
 def oasst(raw_records: Iterable[dict], counts: Counts, seed: int = 1) -> Iterator[Record]:

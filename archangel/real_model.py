@@ -32,7 +32,6 @@ import json
 import math
 import os
 import random
-import re
 import shlex
 import signal
 import sys
@@ -46,7 +45,7 @@ from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from archangel.data import Counts, hh, read_files
+from archangel.data import Counts, as_messages, hh, read_files
 from archangel.errors import UserError, exit_status
 from archangel.judge import write
 from archangel.real_results import describe_replies, describe_run, over_seeds, write_results
@@ -156,29 +155,6 @@ def find_hh(args: argparse.Namespace) -> str:
             f"--hh: the hub does not give {name} of Anthropic/hh-rlhf ({type(error).__name__}); "
             "name a copy of it"
         ) from None
-
-
-def as_messages(dialogue: str) -> list[dict]:
-    """HH's "\\n\\nHuman: ...\\n\\nAssistant:" as messages.
-
-    A final assistant turn without text, which marks where the reply begins, is removed. Raises
-    LeftOut for a dialogue that has empty turns or turns that do not alternate.
-    """
-    opening, *parts = re.split(r"\n\n(Human|Assistant):", dialogue)
-    messages = []
-    for speaker, text in zip(parts[::2], parts[1::2]):
-        role = "user" if speaker == "Human" else "assistant"
-        messages.append({"role": role, "content": text.strip()})
-    if messages and messages[-1] == {"role": "assistant", "content": ""}:
-        messages.pop()
-    if opening.strip() or len(messages) % 2 == 0:
-        raise LeftOut("turns that do not alternate")
-    for number, message in enumerate(messages):
-        if message["role"] != ("user" if number % 2 == 0 else "assistant"):
-            raise LeftOut("turns that do not alternate")
-        if not message["content"]:
-            raise LeftOut("an empty turn")
-    return messages
 
 
 def as_record(pair: dict, encoder: RecordEncoder, max_length: int) -> dict:

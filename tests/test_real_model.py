@@ -19,7 +19,7 @@ from helpers import tiny_model
 from small_tokenizers import chat_tokenizer, hh_records
 
 import common
-from archangel import parity, real_model, real_results, rewards, run, sample
+from archangel import data, parity, real_model, real_results, rewards, run, sample
 from archangel.errors import UserError
 from archangel.suite import Stage
 from archangel.tokens import LeftOut
@@ -246,10 +246,10 @@ def test_dry_run(tmp_path, capsys):
 def test_messages(dialogue, expected):
     if expected is None:
         with pytest.raises(LeftOut):
-            real_model.as_messages(dialogue)
+            data.as_messages(dialogue)
     else:
         messages = [{"role": role, "content": content} for role, content in expected]
-        assert real_model.as_messages(dialogue) == messages
+        assert data.as_messages(dialogue) == messages
 
 
 def test_token_ids_are_those_of_the_template(chat_model, hh_file, tmp_path):

@@ -63,10 +63,11 @@ def test_chat_model(project, capsys):
     prompts = sample.read_prompts("runs/chat_data", 12)
     encoded = sample.encode_prompts(prompts, tokenizer, 1024)
     _, test_records = load_tokens("runs/chat_data", kto.FORMATS, tokenizer)
-    trained = [test_records.read(number, "prompt").tolist() for number in range(12)]
-    unique = [ids for number, ids in enumerate(trained) if ids not in trained[:number]]
-    assert [tokens.prompt_ids for tokens in encoded] == unique
+    trained = {test_records.place(number): number for number in range(12)}
+    assert len(encoded) == 12  # each prompt once
     for number, tokens in enumerate(encoded):
+        (place,) = [place for place in trained if place.endswith(f"line {number + 1}")]
+        assert test_records.read(trained[place], "prompt").tolist() == tokens.prompt_ids
         text = tokenizer.apply_chat_template(
             prompts[number]["conversation"]["prompt"], add_generation_prompt=True, tokenize=False
         )
