@@ -6,14 +6,16 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from helpers import ROOT, error_line
+from helpers import ROOT, error_line, tiny_model
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
 
 import common
 from archangel import memory, packed
+from archangel.errors import UserError
 
 LONG = bool(os.environ.get("HALOS_LONG"))
 
@@ -44,52 +46,51 @@ def packed_batch(num_examples: int) -> common.MicroBatch:
     return common.make_micro_batch(examples, places, packed.PackedLayout(), "cpu")
 
 
-def count_kept_bytes(model_type: str, layers: int, bfloat16: bool) -> int:
-    """Bytes that autograd keeps for 256 tokens, without the weights."""
-    model = AutoModelForCausalLM.from_config(small_config(model_type, layers))
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    bytes_of_storages = {}
-    saved = []  # all of them stay alive, so that no two have the same address
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            bytes_of_storages[storage.data_ptr()] = storage.nbytes()
-        saved.append(tensor)
-        return tensor
-
-    packed.use_packed_attention(model, torch.device("cpu"))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        common.Policy(model, bfloat16)(packed_batch(1))
-    return sum(bytes_of_storages.values())
-
-
 @pytest.mark.parametrize("model_type", ["gpt_neox", "llama"])
 @pytest.mark.parametrize("number_bytes", [4, 2])
 def test_kept_bytes(model_type, number_bytes):
-    """Those of a block are what autograd counts, per token and unit of width."""
-    bfloat16 = number_bytes == 2
-    block = count_kept_bytes(model_type, 3, bfloat16) - count_kept_bytes(model_type, 2, bfloat16)
-    if bfloat16:  # autocast also keeps a copy of each matrix, which `gathered` counts
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(small_config(model_type, 1))
-        for parameter in model.base_model.layers[0].parameters():
-            if parameter.dim() > 1:
-                block -= 2 * parameter.numel()
+    """Those of the report's models are what autograd counts, per token and unit of width."""
+    counted = memory.count_kept_bytes(small_config(model_type, 3), number_bytes)
     expected = memory.KEPT_BYTES[model_type][number_bytes]
-    assert block / 256 / 256 == pytest.approx(expected, rel=0.03)
+    assert counted / 256 == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma2", "phi"])
+def test_any_model(name, tmp_path, capsys):
+    """From its configuration alone."""
+    tiny_model(name).config.save_pretrained(tmp_path)
+    memory.main(memory.Config(model=str(tmp_path)))
+    table, command = capsys.readouterr().out.split("\n\n", 1)
+    assert f"| {tmp_path} |" in table
+    assert f"kto.py --model {tmp_path}" in command
+
+
+def test_too_large(tmp_path, capsys):
+    config = small_config("llama", 80, width=8192, vocab_size=128_000)
+    config.intermediate_size = 28_672
+    config.save_pretrained(tmp_path)
+    memory.kept_bytes.cache_clear()
+    with mock.patch.object(memory, "count_kept_bytes", lambda config, number_bytes: 8192 * 58.0):
+        memory.main(memory.Config(model=str(tmp_path), gpu_gib=40))
+    assert "on each of 16 GPUs" in capsys.readouterr().out
+
+
+def test_no_configuration(tmp_path):
+    with pytest.raises(UserError, match="no configuration"):
+        memory.main(memory.Config(model=str(tmp_path)))
 
 
 def test_predict():
     """States are split over processes, activations are not."""
     config = small_config("gpt_neox", 4)
-    one = memory.predict(config, 1, 1000)
-    four = memory.predict(config, 4, 1000)
+    kept = 256 * 38  # bytes of a block per token
+    one = memory.predict(config, 1, 1000, kept_per_token=kept)
+    four = memory.predict(config, 4, 1000, kept_per_token=kept)
     assert one["states"] == 4 * four["states"]
     assert one["activations"] == four["activations"] == 4 * 1000 * 256 * 38
-    checkpointed = memory.predict(config, 1, 1000, checkpointing=True)
+    checkpointed = memory.predict(config, 1, 1000, checkpointing=True, kept_per_token=kept)
     assert checkpointed["activations"] == 1000 * 256 * (38 + 4 * 4)
-    adamw = memory.predict(config, 1, 1000, optimizer="adamw")
+    adamw = memory.predict(config, 1, 1000, optimizer="adamw", kept_per_token=kept)
     assert adamw["states"] * 3 == one["states"] * 4
 
 
@@ -165,7 +166,8 @@ for _ in range(2):  # steps
         look()
     optimizer.step()
     optimizer.zero_grad()
-predicted = memory.predict(config, 1, 1024, "rmsprop", checkpointing, 4)
+kept = 512 * memory.KEPT_BYTES["gpt_neox"][4]
+predicted = memory.predict(config, 1, 1024, "rmsprop", checkpointing, 4, kept_per_token=kept)
 print(json.dumps([peak - before, sum(predicted.values())]))
 """
 
