@@ -5,10 +5,12 @@ Each completion y of a prompt x is labelled desirable or undesirable. No pairs a
     log-ratio  r(x, y) = log pi(y|x) - log pi_ref(y|x)               in nats
     utility    h(x, y) = sigmoid(beta * (r(x, y) - kl))              if y is desirable       (7)
                          sigmoid(beta * (kl - r(x, y)))              if y is undesirable
-    loss               = weight * (1 - h(x, y)), averaged over the global batch
+    loss               = weight of y's class (1 by default) * (1 - h(x, y))
+                         averaged over the global batch
 
-The reference point kl stands for KL(pi || pi_ref), the mean log-ratio of completions sampled from
-the policy pi. Sampling is slow, so it is estimated with completions of the data set:
+The reference point kl (z_ref in equation (6)) stands for KL(pi || pi_ref), the mean log-ratio of
+completions sampled from the policy pi. Sampling is slow, so it is estimated with completions of the
+data set:
 
     --kl other_half  (the report)      mean log-ratio of the examples with the other label
     --kl mismatched  (the KTO paper)   mean log-ratio r(x, y'), where y' belongs to another prompt
@@ -20,9 +22,9 @@ github.com/ContextualAI/HALOs with the authors' code; the KTO paper is arXiv 240
  2. The reference point is clamped at 0, as in the authors' code: a KL divergence is never negative,
     but its estimate can be.
  3. The reference point is a constant of the loss, like z_ref in equation (6): no gradient flows
-    through it. Otherwise each example would also train the examples of the other class, through
-    their mean. The report does not say. In the authors' code of the time, gradient flowed through
-    it; in the KTO paper it does not.
+    through it. Otherwise a desirable example would also push the undesirable ones down, and an
+    undesirable example the desirable ones up, through their mean. The report does not say. In the
+    authors' code of the time, gradient flowed through it; in the KTO paper it does not.
  4. The reference point is estimated over the global batch, of all processes and all micro-batches.
     The report has the other half of a minibatch, the authors' code that of one process.
  5. The two class weights and --kl mismatched are from the KTO paper. The paper mismatches neighbors
@@ -58,7 +60,9 @@ class Config:
     """
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
-    data: str | list[str] = "archangel"  # archangel, toy, files, a folder or a hub id; see below
+    data: str | list[str] = (
+        "archangel"  # archangel, toy, files, a folder or a hub id; formats: end of --help
+    )
     out: str = "runs/kto"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
@@ -69,7 +73,7 @@ class Config:
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled down to this norm (HALOs)
     max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
-    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens
+    max_prompt_length: int = 1024  # overlong examples lose prompt tokens first, but keep this many
     truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
     seed: int = 1  # determines the order of the data (HALOs)
     eval_every: int = 0  # steps between evaluations; 0: only before and after training
@@ -122,7 +126,8 @@ def kto_loss(
     >>> kto_loss(zero + 10, zero, torch.tensor([True, False]), 0.0)  # 1 - sigmoid(+-1)
     tensor([0.2689, 0.7311])
     """
-    # In at least float32, and so should callers sum: near -800, bfloat16 values are 4 apart.
+    # At least float32: log-probabilities of completions may be near -800, where bfloat16 values
+    # are 4 apart. Callers should sum over tokens in float32, too.
     dtype = torch.promote_types(policy_logps.dtype, torch.float32)
     log_ratios = policy_logps.to(dtype) - reference_logps.to(dtype)  # (B,)
     # Detached: the reference point is what an example is compared with, and is not trained.
@@ -226,7 +231,8 @@ def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
     """The indices of the examples of every step: half of them desirable, half undesirable.
 
     Section 5 of the report found balanced batches to work best for KTO. An epoch is one pass over
-    the larger class. The smaller class repeats, in a new order each time.
+    the larger class. The smaller class repeats, in a new order each time; with few examples also
+    within a batch: of examples 0, 1, 2 (desirable) and 3, the batch is [0, 1, 2, 3, 3, 3].
     """
     desirable_indices = [i for i in range(len(examples)) if examples.desirable[i]]
     undesirable_indices = [i for i in range(len(examples)) if not examples.desirable[i]]
@@ -337,6 +343,9 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics on held-out examples, a batch of consecutive ones at a time.
 
+    These batches are not balanced. With --kl other_half, the reference point of a batch of one
+    class is 0.
+
     policy: None stands for the reference model. Its log-ratios are 0, so nothing is computed.
     """
     losses = []
@@ -395,9 +404,9 @@ def train(config: Config) -> None:
     records, test_records = common.load_records(run, FORMATS)
     train_set = make_examples(records, config)
     test_set = make_examples(test_records, config)
-    run.check_examples(train_set, test_set)
+    run.check_examples(train_set, test_set)  # says what was left out or cut
     schedule = make_schedule(train_set, config)  # the example indices of every step
-    run.check_run(train_set, test_set, schedule)
+    run.check_run(train_set, test_set, schedule)  # refuses to resume with other data or settings
     if run.is_finished():
         return
 
@@ -437,7 +446,7 @@ def train(config: Config) -> None:
             log_ratios.append((policy_logps - reference_logps).detach())
             if kl_from_training_pass:
                 all_log_ratios = common.gather_batch(log_ratios, micro_batches, len(batch))
-                kl = kl_from_other_half(all_log_ratios, desirable)
+                kl = estimate_kl(policy, train_set, batch, config, run, all_log_ratios)  # (B,)
             micro_losses = kto_loss(
                 policy_logps,
                 reference_logps,
@@ -448,7 +457,8 @@ def train(config: Config) -> None:
                 config.undesirable_weight,
             )  # (b,)
             # The gradient of the mean over the global batch is a sum over micro-batches and
-            # processes. FSDP takes the mean over processes, hence world_size.
+            # processes. FSDP takes the mean over processes, hence world_size (which is 1 without
+            # FSDP, in one process).
             (micro_losses.sum() / len(batch) * run.world_size).backward()
             losses.append(micro_losses.detach())
 

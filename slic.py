@@ -43,7 +43,9 @@ class Config:
     """
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
-    data: str | list[str] = "archangel"  # archangel, toy, files, a folder or a hub id; see below
+    data: str | list[str] = (
+        "archangel"  # archangel, toy, files, a folder or a hub id; formats: end of --help
+    )
     out: str = "runs/slic"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
@@ -54,7 +56,7 @@ class Config:
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled down to this norm (HALOs)
     max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
-    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens
+    max_prompt_length: int = 1024  # overlong examples lose prompt tokens first, but keep this many
     truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
     seed: int = 1  # determines the order of the data (HALOs)
     eval_every: int = 0  # steps between evaluations; 0: only before and after training
@@ -96,7 +98,8 @@ def slic_loss(
     >>> slic_loss(unlikely, likely, unlikely)  # 1 + 3 - 2 + 0.1 * 3
     tensor([2.3000])
     """
-    # In at least float32, and so should callers sum: near -800, bfloat16 values are 4 apart.
+    # At least float32: log-probabilities of completions may be near -800, where bfloat16 values
+    # are 4 apart. Callers should sum over tokens in float32, too.
     dtype = torch.promote_types(policy_chosen_logps.dtype, torch.float32)
     margin = policy_chosen_logps.to(dtype) - policy_rejected_logps.to(dtype)  # (B,)
     calibration = torch.relu(beta - margin)  # (5)
@@ -225,9 +228,9 @@ def train(config: Config) -> None:
     records, test_records = common.load_records(run, FORMATS)
     train_set = make_examples(records, config)
     test_set = make_examples(test_records, config)
-    run.check_examples(train_set, test_set)
+    run.check_examples(train_set, test_set)  # says what was left out or cut
     schedule = make_schedule(train_set, config)  # the example indices of every step
-    run.check_run(train_set, test_set, schedule)
+    run.check_run(train_set, test_set, schedule)  # refuses to resume with other data or settings
     if run.is_finished():
         return
 
@@ -259,7 +262,8 @@ def train(config: Config) -> None:
                 config.lambda_reg,
             )  # (b,)
             # The gradient of the mean over the global batch is a sum over micro-batches and
-            # processes. FSDP takes the mean over processes, hence world_size.
+            # processes. FSDP takes the mean over processes, hence world_size (which is 1 without
+            # FSDP, in one process).
             (micro_losses.sum() / len(batch) * run.world_size).backward()
             losses.append(micro_losses.detach())
 

