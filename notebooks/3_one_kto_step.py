@@ -61,18 +61,22 @@ os.environ["HALOS_CACHE"] = folder.name  # where token ids are kept
 
 # %%
 BOXES = {  # name: (x, y, what)
-    "record": (0, 1, "a record\nprompt, reply, label"),
-    "tokens": (0, 0, "tokens\ncommon.load_records"),
-    "batch": (1, 0.5, "a batch, each prompt once\ncommon.make_batch"),
+    "record": (0, 1, "records\nprompt, reply, label"),
+    "tokens": (0, 0, "token ids\ncommon.load_records"),
+    "batch": (1, 1, "a batch of the schedule\ncommon.make_micro_batches"),
     "policy": (2, 1, "log-probabilities\ncommon.completion_logps"),
-    "column": (2, 0, "reference log-probabilities, once\ncommon.add_reference_logps"),
+    "column": (
+        1.6,
+        0,
+        "reference log-probabilities, of all examples, before training\ncommon.add_reference_logps",
+    ),
     "ratios": (3, 0.5, "log-ratios\npolicy minus reference"),
     "point": (4, 0, "reference point\nkto.kl_from_other_half"),
     "loss": (4, 1, "loss, equation (7)\nkto.kto_loss"),
     "step": (5, 1, "a step\nkto.train"),
     "replies": (5, 0, "replies\narchangel.sample"),
 }
-ARROWS = ["record tokens", "tokens batch", "batch policy", "batch column", "policy ratios"]
+ARROWS = ["record tokens", "tokens batch", "batch policy", "tokens column", "policy ratios"]
 ARROWS += ["column ratios", "ratios loss", "ratios point", "point loss", "loss step"]
 ARROWS += ["step replies"]
 figure, axes = plt.subplots(figsize=(12, 2))
@@ -129,54 +133,14 @@ for index in (0, 1):
 # ends the reply: that a reply *stops* is learned like any word of it. (This base model continues
 # with turns of the user, as in the report's Figure 3.)
 #
-# ## 3. Each prompt once
-#
-# *Not in the report.* A micro-batch is one sequence without padding: prompt, reply, next prompt,
-# next reply. The paired losses (DPO, SLiC), and the reference pass of all losses, have both replies
-# after one prompt. The rejected reply does not attend to the chosen one, and its positions continue
-# from the end of the prompt. Here is our record as DPO has it, with the rule and the positions.
-
-# %%
-model, tokenizer = sample.load(find_model("toy"))
-model = model.double()
-packed.use_packed_attention(model, torch.device("cpu"))
-pair = dpo.make_examples(tokenized_records, dpo.Config(model="toy"))[0]
-micro_batch = common.make_micro_batch([pair], [0], packed.PackedLayout(), "cpu")
-with torch.no_grad():
-    packed_logps = common.completion_logps(model, micro_batch)
-    padded_logps = common.completion_logps(model, common.make_batch([pair]))
-lengths = packed.segment_lengths(pair)  # of the prompt, the chosen reply, the rejected one
-start, middle, length = np.cumsum(lengths)
-positions = micro_batch.inputs["position_ids"][0]
-place = torch.arange(length)
-mask = packed.make_block_mask([lengths], padding=0, device="cpu")
-visible = mask.mask_mod(0, 0, place[:, None], place)
-
-figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1, 1.2))
-panels[0].imshow(visible, cmap="cividis")
-for edge in (start, middle):
-    panels[0].axvline(edge - 0.5, color="white", lw=1)
-    panels[0].axhline(edge - 0.5, color="white", lw=1)
-parts = {"prompt": start / 2, "chosen": (start + middle) / 2, "rejected": (middle + length) / 2}
-panels[0].set(xlabel="key", ylabel="query", title="yellow: the query attends to the key")
-panels[0].set_xticks(list(parts.values()), parts)
-panels[0].set_yticks(list(parts.values()), parts, rotation=90, va="center")
-panels[1].plot(positions, "C0.-", lw=1)
-for edge in (start, middle):
-    panels[1].axvline(edge - 0.5, color="0.8", lw=1)
-panels[1].set_xticks(list(parts.values()), parts)
-panels[1].set(xlabel="place in the sequence", ylabel="position_ids", title="positions")
-plt.show()
-same = (packed_logps - padded_logps).abs().max() < 1e-9
-print(f"log-probabilities as in a sequence for each reply, to 1e-9 nats: {bool(same)}")
-
-# %% [markdown]
-# ## 4. Log-probabilities
+# ## 3. Log-probabilities
 #
 # *Equations (4) and (7) take $\log\pi(y|x)$, of a whole reply.* It is the sum over the reply's
 # tokens, never their mean. The output head runs only on the positions that predict these tokens.
 
 # %%
+model, tokenizer = sample.load(find_model("toy"))
+model = model.double()
 batch = common.make_batch([good, bad])
 with torch.no_grad():
     logps = common.completion_logps(model, batch)
@@ -196,7 +160,7 @@ for axes, example, kind, values, colour in zip(
 plt.show()
 
 # %% [markdown]
-# ## 5. Before the first step
+# ## 4. Before the first step
 #
 # *Section 5, equation (7).* The reference is the policy as it is now. So every log-ratio is 0, so
 # is the reference point, every reply is worth exactly what was expected, every loss is one half,
@@ -235,7 +199,7 @@ up, down = pushes[desirable].mean(), pushes[~desirable].mean()
 print(f"pushes {up:+.4f} desirable, {down:+.4f} undesirable")
 
 # %% [markdown]
-# ## 6. The step
+# ## 5. The step
 #
 # `kto.train` does it: the same batch (the schedule depends on the seed alone), loss, gradient,
 # RMSprop. It writes what a user's run writes; its first line of metrics is what was just computed.
@@ -263,7 +227,7 @@ moves = torch.cat([(a - b).flatten() for a, b in zip(after.parameters(), model.p
 print(f"{len(moves):,} weights moved, by {moves.abs().mean():.1e} on average")
 
 # %% [markdown]
-# ## 7. What the step did to its batch
+# ## 6. What the step did to its batch
 #
 # *Section 5: the KL term of one half is estimated from the other.* After one step the log-ratios
 # are no longer 0. The dotted lines are the mean log-ratios of the classes; the reference point of a
@@ -301,7 +265,7 @@ plt.show()
 print(f"the batch's loss, 0.5 before: {losses.mean():.4f}")
 
 # %% [markdown]
-# ## 8. Thirty steps
+# ## 7. Thirty steps
 #
 # The same run continues from its checkpoint (`--resume`) to step 30, one pass over 240 records.
 
@@ -336,7 +300,7 @@ print(f"reward margin, mean of the last {len(last)} batches: {margin:.1f}")
 # negative, so the reference point is mostly at its clamp. On the right, what is far from it is
 # pushed no more: the report's concave gains and convex losses at work.
 #
-# ## 9. What changed in the replies
+# ## 8. What changed in the replies
 #
 # First the two replies that we began with:
 
@@ -363,6 +327,46 @@ print(sample.show(replies, count=3, is_toy=True))
 # %% [markdown]
 # Thirty steps made it civil and brief, not yet always right. Twenty-four prompts and one seed are
 # an illustration, and a shop of 256 products says nothing about models of 1B to 30B.
+#
+# ## Appendix: packed micro-batches
+#
+# *Not in the report, and not needed to understand a step.* A micro-batch is one sequence without
+# padding: prompt, reply, next prompt, next reply. The paired losses (DPO, SLiC), and the reference
+# pass of all losses, have both replies after one prompt. The rejected reply does not attend to the
+# chosen one, and its positions continue from the end of the prompt. Here is our record as DPO has
+# it, with the rule and the positions.
+
+# %%
+packed.use_packed_attention(model, torch.device("cpu"))
+pair = dpo.make_examples(tokenized_records, dpo.Config(model="toy"))[0]
+micro_batch = common.make_micro_batch([pair], [0], packed.PackedLayout(), "cpu")
+with torch.no_grad():
+    packed_logps = common.completion_logps(model, micro_batch)
+    padded_logps = common.completion_logps(model, common.make_batch([pair]))
+lengths = packed.segment_lengths(pair)  # of the prompt, the chosen reply, the rejected one
+start, middle, length = np.cumsum(lengths)
+positions = micro_batch.inputs["position_ids"][0]
+place = torch.arange(length)
+mask = packed.make_block_mask([lengths], padding=0, device="cpu")
+visible = mask.mask_mod(0, 0, place[:, None], place)
+
+figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1, 1.2))
+panels[0].imshow(visible, cmap="cividis")
+for edge in (start, middle):
+    panels[0].axvline(edge - 0.5, color="white", lw=1)
+    panels[0].axhline(edge - 0.5, color="white", lw=1)
+parts = {"prompt": start / 2, "chosen": (start + middle) / 2, "rejected": (middle + length) / 2}
+panels[0].set(xlabel="key", ylabel="query", title="yellow: the query attends to the key")
+panels[0].set_xticks(list(parts.values()), parts)
+panels[0].set_yticks(list(parts.values()), parts, rotation=90, va="center")
+panels[1].plot(positions, "C0.-", lw=1)
+for edge in (start, middle):
+    panels[1].axvline(edge - 0.5, color="0.8", lw=1)
+panels[1].set_xticks(list(parts.values()), parts)
+panels[1].set(xlabel="place in the sequence", ylabel="position_ids", title="positions")
+plt.show()
+same = (packed_logps - padded_logps).abs().max() < 1e-9
+print(f"log-probabilities as in a sequence for each reply, to 1e-9 nats: {bool(same)}")
 
 # %%
 folder.cleanup()
