@@ -60,7 +60,7 @@ class Config:
     """
 
     model: str  # toy, pythia-1.4b (2.8b, 6.9b, 12b), llama-7b (13b, 30b), a hub id or a folder
-    data: str | list[str] = "archangel"  # archangel, toy, files, a folder, a hub id: archangel/DATA.md
+    data: str | list[str] = "archangel"  # archangel, toy, files, a folder or a hub id: see DATA.md
     out: str = "runs/kto"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: int = 1  # passes over the data (HALOs)
