@@ -228,20 +228,27 @@ ABLATIONS = {
 }
 
 RATES = ("2e-05", "6e-05", "0.0002")  # as f"{rate:g}" prints them
+RATES_OF_METHODS = {
+    "sft": ("6e-05", "0.0002", "0.0003", "0.0006"),
+    "dpo": ("2e-05", "3e-05", "6e-05", "0.0002"),
+    "kto": ("2e-05", "6e-05", "0.0002", "0.0006"),
+}
 NUM_RATE_PROMPTS = 500  # training records that --experiment rates holds out
 
 
 def rate_arms() -> dict[str, dict[str, Arm]]:
     """Title to learning rate to arm: what --experiment rates compares."""
-    by_title = {}
+    rates_of_arms = {Arm(method): rates for method, rates in RATES_OF_METHODS.items()}
+    rates_of_arms[DPO_AS_MANY_STEPS] = RATES_OF_METHODS["dpo"]
     for arm in [*VALUES.values(), *LOSS_AVERSIONS.values()]:
-        if arm == Arm("kto"):
-            continue
+        rates_of_arms.setdefault(arm, RATES)
+    by_title = {}
+    for arm, rates in rates_of_arms.items():
         by_rate = {}
-        for rate in RATES:
+        for rate in rates:
             by_rate[rate] = dataclasses.replace(
                 arm,
-                variant=f"{arm.variant}_lr_{rate}",
+                variant=f"{arm.variant}_lr_{rate}".removeprefix("_"),
                 settings=(*arm.settings, ("--lr", rate)),
                 data="rates",
                 prompts="rates",

@@ -272,9 +272,10 @@ def test_equal_steps(monkeypatch):
 
 
 def test_rates(monkeypatch):
-    """Three learning rates of each, on other prompts than those of the other experiments."""
+    """Several learning rates of each, on other prompts than those of the other experiments."""
     runs = trainings(monkeypatch, "--out", "o", "--experiment", "rates")
-    assert len(runs) == 9 * 3
+    # SFT, DPO, DPO for two epochs and KTO have four rates, nine further arms of KTO three.
+    assert len(runs) == 4 * 4 + 9 * 3
     for _, config in runs.values():
         assert config.data == "o/data/rates"
         assert config.seed == 1
@@ -285,6 +286,8 @@ def test_rates(monkeypatch):
     tuned = [*suite.VALUES.values(), *suite.LOSS_AVERSIONS.values()]
     assert chosen == {arm.name for arm in tuned} - {"kto"}
     assert {suite.TOY_RATES[name] for name in chosen} <= {float(rate) for rate in suite.RATES}
+    for method, rates in suite.RATES_OF_METHODS.items():
+        assert suite.TOY_RATES[method] in [float(rate) for rate in rates]
 
 
 @pytest.mark.parametrize(
