@@ -15,8 +15,8 @@ Files and folders (archangel/run.py), data formats and tokens (archangel/records
 tokenized.py) and a faster arrangement of a micro-batch (archangel/packed.py) are not needed to
 understand a step.
 
-Three numbers name things: a number a record of the data, an index an example of a set of examples,
-a place an example of a global batch (0 to B - 1).
+Three kinds of integers name things: the `number` of a record in the data, the `index` of an example
+in its set, and the `place` of an example in a global batch (0 to B - 1).
 
 Shapes: a micro-batch holds b of the B examples of a global batch. These have C completions (for KTO
 C = b; for DPO C = 2b, chosen and rejected in turn), with N completion tokens in all, prompts not

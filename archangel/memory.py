@@ -156,7 +156,11 @@ def kept_bytes(name: str, number_bytes: int) -> float:
     config = model_config(name)
     if name in SHAPES:
         return config.hidden_size * KEPT_BYTES[config.model_type][number_bytes]
-    return count_kept_bytes(config, number_bytes)
+    try:
+        return count_kept_bytes(config, number_bytes)
+    except ValueError as error:  # no causal language model, or one that cannot be packed
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--model {name}: {reason}") from None
 
 
 def predict(

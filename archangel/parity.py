@@ -1,7 +1,7 @@
 """Our trainers beside TRL's, step by step, on the same token ids: DPO, KTO or SFT.
 
     python -m archangel.parity --method dpo --model runs/real_model/model \\
-        --data runs/real_model/data/pairs_few/train.jsonl
+        --data runs/real_model/data/pairs_subset/train.jsonl
 
 Both start from the same model, see the same batches, and update all weights by AdamW in float32, on
 the CPU. Printed, and written to OUT/parity_METHOD.json: of each step the losses and the gradient
@@ -204,7 +204,9 @@ def train_trl(args: argparse.Namespace) -> None:
     trainer.train()
     trainer.save_model(str(args.out / args.method / "trl"))
     grad_norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    steps = [{"loss": loss, "grad_norm": norm} for loss, norm in zip(losses, grad_norms)]
+    steps = [
+        {"loss": loss, "grad_norm": norm} for loss, norm in zip(losses, grad_norms, strict=True)
+    ]
     (args.out / args.method / "trl.json").write_text(json.dumps(steps))
 
 

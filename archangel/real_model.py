@@ -18,7 +18,7 @@ this command is run again, completed stages are skipped. In --out:
 
 First the learning rate of each method is chosen among three: the one with the lowest loss on the
 validation pairs, after training on 512 pairs with seed 1. Then each method is trained with every
-seed. On two cores the default takes some four hours.
+seed. How long it takes was not measured yet.
 
 By default the model and harmless-base/test.jsonl.gz of Anthropic/hh-rlhf are read from the hub.
 That file is divided anew here. Without network, --hh names a copy of it, and the model is made from
@@ -451,7 +451,7 @@ def run_all(args: argparse.Namespace, model: Path) -> dict[str, str]:
     run([*final, *final_stages(args, model, rates, WITHOUT_SFT)], may_fail=choosing)
     for method in AFTER_SFT:
         rates[method.name] = choose_rate(args, method)
-    run(final_stages(args, model, rates, AFTER_SFT))
+    run(final_stages(args, model, rates, METHODS))  # with the SFT models that others start from
 
     if args.dry_run:
         for stage in planned.values():

@@ -251,15 +251,16 @@ def sample(
         for index, reply_ids in zip(batch, output[:, longest:].tolist()):
             ends = [place for place, token_id in enumerate(reply_ids) if token_id in end_ids]
             ended = len(ends) > 0
-            all_ids = reply_ids[: ends[0] + 1] if ended else reply_ids  # with the one that ends it
+            text_ids = reply_ids
             if ended:
-                reply_ids = reply_ids[: ends[0]]
+                text_ids = reply_ids[: ends[0]]
+                reply_ids = reply_ids[: ends[0] + 1]  # with the token that ends it
             replies.append(
                 {
                     **prompts[index],
-                    "reply": tokenizer.decode(reply_ids, skip_special_tokens=True),
-                    "reply_ids": all_ids,
-                    "tokens": len(reply_ids),
+                    "reply": tokenizer.decode(text_ids, skip_special_tokens=True),
+                    "reply_ids": reply_ids,
+                    "tokens": len(text_ids),
                     "ended": ended,
                 }
             )

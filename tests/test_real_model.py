@@ -159,7 +159,7 @@ def test_dialogues_are_in_one_split(finished):
     assert not train & validation
 
 
-def test_everything_is_skipped_the_second_time(finished, monkeypatch):
+def test_results_depend_on_the_folders_alone(finished, monkeypatch):
     command, out = finished
     before = (out / "results.json").read_text()
     monkeypatch.setattr(real_model, "execute", lambda stages, out, jobs: {})
@@ -285,6 +285,42 @@ def test_token_ids_are_those_of_the_template(chat_model, hh_file, tmp_path):
 def test_wrong_settings(words, reason):
     with pytest.raises(UserError, match=reason):
         real_model.parse(words)
+
+
+def test_dialogues_that_begin_alike_are_one_group(chat_model, tmp_path):
+    """HH has dialogues that continue others."""
+    lines = []
+    for first in ("a", "b", "c"):
+        for more in ("", " x\n\nHuman: y\n\nAssistant:"):
+            prompt = f"\n\nHuman: {first}\n\nAssistant:{more}"
+            lines.append(json.dumps({"chosen": prompt + " 1", "rejected": prompt + " 2"}) + "\n")
+    path = tmp_path / "hh.jsonl"
+    path.write_text("".join(lines))
+    args = real_model.parse(["--hh", str(path), "--out", str(tmp_path / "out")])
+    groups, _ = real_model.read_pairs(args, chat_model)
+    first_messages = []
+    for group in groups:
+        assert len(group) == 2
+        first_messages.append({pair["prompt"][0]["content"] for pair in group})
+    assert sorted(map(sorted, first_messages)) == [["a"], ["b"], ["c"]]
+    assert len(real_model.take(groups, 3)) == 4  # whole groups
+    assert len(groups) == 1
+
+
+def test_every_pass_has_what_its_stages_need(tmp_path, monkeypatch):
+    """suite.execute waits for the needs of a stage, so they must be among the stages."""
+    passes = []
+    monkeypatch.setattr(
+        real_model, "execute", lambda stages, out, jobs: passes.append(stages) or {}
+    )
+    monkeypatch.setattr(real_model, "choose_rate", lambda args, method: "1e-05")
+    args = real_model.parse(["--out", str(tmp_path), "--full", "--seeds", "2"])
+    real_model.run_all(args, tmp_path / "model")
+    assert len(passes) == 3
+    for stages in passes:
+        names = {stage.name for stage in stages}
+        for stage in stages:
+            assert names.issuperset(stage.needs), stage.name
 
 
 def test_too_few_pairs(chat_model, hh_file, tmp_path):
