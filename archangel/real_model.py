@@ -65,22 +65,19 @@ class Method:
     name: str
     label: str  # in tables
     script: str
-    rates: tuple[str, ...]  # learning rates to choose from, with AdamW
     data: str = "pairs"  # or one_reply
     after_sft: bool = False
 
 
-PREFERENCE_RATES = ("3e-06", "1e-05", "3e-05")
 METHODS = (
-    Method("sft", "SFT", "sft.py", ("1e-05", "3e-05", "0.0001")),
-    Method("dpo", "DPO", "dpo.py", PREFERENCE_RATES),
-    Method("kto", "KTO", "kto.py", PREFERENCE_RATES),
-    Method(
-        "kto_one_reply", "KTO, one reply per prompt", "kto.py", PREFERENCE_RATES, data="one_reply"
-    ),
-    Method("sft+dpo", "SFT+DPO", "dpo.py", PREFERENCE_RATES, after_sft=True),
-    Method("sft+kto", "SFT+KTO", "kto.py", PREFERENCE_RATES, after_sft=True),
+    Method("sft", "SFT", "sft.py"),
+    Method("dpo", "DPO", "dpo.py"),
+    Method("kto", "KTO", "kto.py"),
+    Method("kto_one_reply", "KTO, one reply per prompt", "kto.py", data="one_reply"),
+    Method("sft+dpo", "SFT+DPO", "dpo.py", after_sft=True),
+    Method("sft+kto", "SFT+KTO", "kto.py", after_sft=True),
 )
+RATES = ("1e-05", "3e-05", "0.0001")  # the learning rates that each method's is chosen from
 SFT = METHODS[0]
 WITHOUT_SFT = [method for method in METHODS if not method.after_sft]
 AFTER_SFT = [method for method in METHODS if method.after_sft]
@@ -364,7 +361,7 @@ def rate_stages(
     stages = []
     for method in methods:
         if method.name not in args.rates:
-            for rate in method.rates:
+            for rate in RATES:
                 stages.append(training_stage(args, method, "subset", rate, 1, reference))
     return stages
 
@@ -394,7 +391,7 @@ def losses_by_rate(args: argparse.Namespace, method: Method) -> dict[str, float]
     """
     losses = {}
     if method.name not in args.rates:
-        for rate in method.rates:
+        for rate in RATES:
             path = run_folder(args, method, "subset", rate, seed=1) / "metrics.jsonl"
             losses[rate] = math.inf
             if path.exists():
