@@ -18,7 +18,7 @@ this command is run again, completed stages are skipped. In --out:
 
 First the learning rate of each method is chosen among three: the one with the lowest loss on the
 validation pairs, after training on 512 pairs with seed 1. Then each method is trained with every
-seed. How long it takes was not measured yet.
+seed. With --full --seeds 3 --jobs 12 it took 509 seconds on an H200. On CPUs it was not timed.
 
 By default the model and harmless-base/test.jsonl.gz of Anthropic/hh-rlhf are read from the hub.
 That file is divided anew here. Without network, --hh names a copy of it, and the model is made from
@@ -481,6 +481,7 @@ def collect(
         "batch_size": args.batch_size,
         "seeds": args.seeds,
         "jobs": args.jobs,
+        "device": methods["sft"]["runs"][0]["machine"]["device"],
         "max_new_tokens": args.max_new_tokens,
         "shown_prompts": SHOWN_PROMPTS,
         "before": describe_replies(args.out / "before", SHOWN_PROMPTS),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from archangel.claims import win_interval
@@ -63,7 +64,7 @@ def describe_run(folder: Path, shown_prompts: Sequence[str]) -> dict:
     curves = {}
     for name in steps[0]:
         if name.startswith(("loss", "reward_", "log_ratio_", "kl", "grad_norm")):
-            curves[name] = [line[name] for line in steps]
+            curves[name] = [float(f"{line[name]:.5g}") for line in steps]
     described = {
         **summarize(rewards),
         **describe_replies(folder, shown_prompts),
@@ -121,8 +122,8 @@ def make_report(results: dict) -> str:
         "taken; where it is at the end of the range, a better rate may lie beyond.",
         rates_table(results),
         "## Time and memory",
-        f"{results['jobs']} stages at once shared the machine. KTO takes both replies of a pair as "
-        "examples, so its epoch has twice as many steps.",
+        f"{results['jobs']} stages at once shared the machine ({results['device']}). KTO takes "
+        "both replies of a pair as examples, so its epoch has twice as many steps.",
         time_table(results),
         "## Replies to harmless prompts",
         *shown_replies(results),
@@ -238,7 +239,7 @@ def log_ratio_curves(run: dict) -> tuple[np.ndarray, np.ndarray] | None:
 @rc_context(STYLE)
 def draw(results: dict, path: Path) -> None:
     """Log-ratios during training, by seed 1, and the reward accuracy on test pairs."""
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
     log_ratios_axes, difference_axes, accuracy_axes = figure.subplots(1, 3)
     for number, (name, row) in enumerate(results["methods"].items()):
         color = COLORS[name.removeprefix("sft+").removesuffix("_one_reply")]
@@ -249,17 +250,10 @@ def draw(results: dict, path: Path) -> None:
         if curves is not None:
             good, bad = curves
             progress = np.arange(1, len(good) + 1) / len(good)
-            log_ratios_axes.plot(progress, good, style, color=color)
+            log_ratios_axes.plot(progress, good, style, color=color, label=row["label"])
             log_ratios_axes.plot(progress, bad, style, color=color, alpha=0.4)
-            difference_axes.plot(progress, good - bad, style, color=color, label=row["label"])
-        mean = row["mean"]
-        seeds = mean["reward_accuracy_of_seeds"]
-        accuracy_axes.vlines(number, *mean["reward_accuracy_95"], color=color, linewidth=1.5)
-        if len(seeds) > 1:
-            accuracy_axes.scatter(
-                [number] * len(seeds), seeds, facecolor="white", edgecolor=color, zorder=3, s=16
-            )
-        accuracy_axes.plot(number, mean["reward_accuracy"], "o", color=color)
+            difference_axes.plot(progress, good - bad, style, color=color)
+        draw_accuracy(accuracy_axes, number, row["mean"], color)
     for axes in (log_ratios_axes, difference_axes):
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xlabel("share of the training steps")
@@ -270,20 +264,34 @@ def draw(results: dict, path: Path) -> None:
     )
     difference_axes.set_ylabel("difference of log-ratios, nats")
     difference_axes.set_title("training batches: difference of the two", fontsize=11)
-    difference_axes.legend(frameon=False)
-    accuracy_axes.axhline(0.5, color="black", linewidth=0.8)
-    labels = [row["label"] for row in results["methods"].values()]
-    accuracy_axes.set_xticks(
-        range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor"
+    figure.legend(
+        *log_ratios_axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(results["methods"]),
+        frameon=False,
     )
-    accuracy_axes.set_ylabel("reward accuracy")
+    accuracy_axes.axvline(0.5, color="black", linewidth=0.8)
+    labels = [row["label"].replace(", ", ",\n") for row in results["methods"].values()]
+    accuracy_axes.set_yticks(range(len(labels)), labels)
+    accuracy_axes.invert_yaxis()
+    accuracy_axes.set_xlabel("reward accuracy")
     accuracy_axes.set_title("test pairs, 95% intervals", fontsize=11)
-    accuracy_axes.grid(axis="y", alpha=0.3)
+    accuracy_axes.grid(axis="x", alpha=0.3)
     save(figure, path)
+
+
+def draw_accuracy(axes: Axes, height: int, mean: dict, color: str) -> None:
+    """One method's accuracy with its interval; small circles are seeds, if there are several."""
+    axes.hlines(height, *mean["reward_accuracy_95"], color=color, linewidth=1.5)
+    axes.plot(mean["reward_accuracy"], height, "o", color=color)
+    seeds = mean["reward_accuracy_of_seeds"]
+    if len(seeds) > 1:
+        heights = [height] * len(seeds)
+        axes.scatter(seeds, heights, facecolor="white", edgecolor=color, zorder=3, s=16)
 
 
 def write_results(out: Path, results: dict) -> None:
     """Write results.json, report.md and curves.png."""
-    write(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write(out / "results.json", json.dumps(results) + "\n")
     write(out / "report.md", make_report(results))
     draw(results, out / "curves.png")

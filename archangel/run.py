@@ -383,7 +383,7 @@ class Run:
             "machine": {
                 "processes": self.world_size,
                 "threads": torch.get_num_threads(),
-                "device": self.device.type,
+                "device": device_name(self.device),
             },
             "versions": {
                 "torch": torch.__version__,
@@ -768,6 +768,11 @@ class Run:
 def data_name(config) -> str:
     """The name or names behind --data."""
     return config.data if isinstance(config.data, str) else " ".join(config.data)
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU that this process uses, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def examples_sha256(train_set, test_set) -> str:
