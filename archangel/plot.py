@@ -27,7 +27,12 @@ PANELS = {
     "loss": ["loss"],
     "reward": ["reward_chosen", "reward_rejected", "reward_desirable", "reward_undesirable"],
     "reward margin": ["reward_margin"],
-    "reward accuracy": ["reward_accuracy"],
+    "margin of log-probabilities, nats": ["logp_margin"],
+    "margin of log-ratios, nats": ["log_ratio_margin"],
+    "accuracy": ["reward_accuracy", "logp_accuracy"],
+    "share of pairs past the margin": ["clear_of_margin"],
+    "share of tokens clipped": ["clipped"],
+    "loss of the critic": ["critic_loss"],
     "reference point and mean log-ratios, nats": [
         "kl",
         "log_ratio_desirable",

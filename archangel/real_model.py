@@ -34,14 +34,12 @@ import math
 import os
 import random
 import shlex
-import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,7 +49,7 @@ from archangel.errors import UserError, exit_status
 from archangel.judge import write
 from archangel.real_results import describe_replies, describe_run, over_seeds, write_results
 from archangel.run import find_model, load_tokenizer
-from archangel.suite import Stage, execute, interrupt, write_lines
+from archangel.suite import Stage, claimed, execute, write_lines
 from archangel.tokens import LeftOut, RecordEncoder
 
 ROOT = Path(__file__).parent.parent
@@ -555,20 +553,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.dry_run:
         run_all(args, Path(args.model or args.out / "model"))
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(args.out / "real_model.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--out {args.out}: another of these commands is writing there") from None
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, interrupt)
-    model, description = find_or_make_model(args)
-    counts = write_data(args, model)
-    tqdm.write(f"model: {description}; pairs: {counts}", file=sys.stderr)
-    rates = run_all(args, model)
-    write_results(args.out, collect(args, description, counts, rates))
-    print(f"the report is {args.out / 'report.md'}")
+    with claimed(args.out):
+        model, description = find_or_make_model(args)
+        counts = write_data(args, model)
+        tqdm.write(f"model: {description}; pairs: {counts}", file=sys.stderr)
+        rates = run_all(args, model)
+        write_results(args.out, collect(args, description, counts, rates))
+        print(f"the report is {args.out / 'report.md'}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from archangel.claims import win_interval
 from archangel.figures import COLORS, STYLE, save
 from archangel.judge import write
+from archangel.plot import smooth
 from archangel.results import markdown_table
 from archangel.rewards import log_ratios, summarize
 
@@ -209,15 +210,6 @@ def quote(text: str) -> str:
 # ------------------------------------------------------------------------------------- the figure
 
 
-def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """The mean of the values up to window / 2 places away from each."""
-    half = window // 2
-    means = []
-    for place in range(len(values)):
-        means.append(np.mean(values[max(0, place - half) : place + half + 1]))
-    return np.array(means)
-
-
 def log_ratio_curves(run: dict) -> tuple[np.ndarray, np.ndarray] | None:
     """Log-ratios of chosen or desirable, and of rejected or undesirable, in the training batches.
 
@@ -232,8 +224,7 @@ def log_ratio_curves(run: dict) -> tuple[np.ndarray, np.ndarray] | None:
         bad = np.array(curves["reward_rejected"]) / run["beta"]
     else:
         return None
-    window = max(1, len(good) // 8)
-    return smooth(good, window), smooth(bad, window)
+    return smooth(good), smooth(bad)
 
 
 @rc_context(STYLE)

@@ -320,14 +320,36 @@ def seeds_range(summary: dict) -> str:
     return f"{min(summary['by_seed']):+.3f} to {max(summary['by_seed']):+.3f}"
 
 
-def claims_table(records: Sequence[dict]) -> str:
-    """The claims in markdown, a row for each claim and model.
-
-    Effects are in win rate, tokens or probability.
-    """
-    in_order = {}  # claim and contrast to the records of all models
+def by_claim(records: Sequence[dict]) -> list[list[dict]]:
+    """The records of each claim, of all models."""
+    in_order = {}
     for record in records:
         in_order.setdefault((record["claim"], record["contrast"]), []).append(record)
+    return list(in_order.values())
+
+
+def effect_of(record: dict) -> str:
+    """The effect with its sign and unit: win rate, tokens or probability."""
+    if record["measure"] == "tokens":
+        return f"{record['effect']:+.1f} tokens"
+    return f"{record['effect']:+.3f}"
+
+
+def verdicts_table(records: Sequence[dict]) -> str:
+    """The claims in markdown, a row for each claim, with the outcome and the effect by model."""
+    models = list(dict.fromkeys(record["model"] for record in records))
+    rows = []
+    for records_of_claim in by_claim(records):
+        cells = dict.fromkeys(models, "")
+        for record in records_of_claim:
+            cells[record["model"]] = f"{record['outcome']} ({effect_of(record)})"
+        first = records_of_claim[0]
+        rows.append([first["claim"], first["who"], *cells.values()])
+    return markdown_table(["claim", "who claims it", *models], rows)
+
+
+def claims_table(records: Sequence[dict]) -> str:
+    """The claims in markdown with their tests, a row for each claim and model."""
     tested = {
         "above": "> 0",
         "equivalent": f"within {statistics.MARGIN} of 0",
@@ -335,13 +357,9 @@ def claims_table(records: Sequence[dict]) -> str:
     }
     head = "claim,who claims it,where,what is tested here,model,effect,95% interval,p,verdict"
     rows = []
-    for records_of_claim in in_order.values():
+    for records_of_claim in by_claim(records):
         for record in records_of_claim:
-            digits = 3
-            unit = ""
-            if record["measure"] == "tokens":
-                digits = 1
-                unit = " tokens"
+            digits = 1 if record["measure"] == "tokens" else 3
             verdict = f"**{record['outcome']}**"
             if "prompts_needed" in record:
                 verdict += f"; {record['prompts_needed']} prompts needed"
@@ -353,7 +371,7 @@ def claims_table(records: Sequence[dict]) -> str:
                     f"{record['contrast']} {tested[record['kind']]} ({record['test']}, "
                     f"{record['prompts']} prompts, {len(record['by_seed'])} seeds)",
                     record["model"],
-                    f"{record['effect']:+.{digits}f}{unit}",
+                    effect_of(record),
                     between(record["interval_95"], digits),
                     f"{record['p_holm']:.2g}",
                     verdict,
@@ -462,6 +480,8 @@ def report(numbers: dict, drawn: Sequence[tuple[str, str]], about: dict | None =
             "prompts; where a contrast should be above 0, it must be so for every seed, too. For "
             "claims of equivalence, *prompts needed* is the number of prompts with which the test "
             "would succeed with probability 0.8 at the corrected level, if the methods were equal.",
+            verdicts_table(numbers["claims"]),
+            "### The tests",
             claims_table(numbers["claims"]),
             "Most of the report's claims are about models of certain sizes (column *where*). The "
             "toy is smaller than all of them.",

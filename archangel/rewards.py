@@ -30,12 +30,11 @@ from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 import common
-from archangel.data import prepare_mixture
 from archangel.errors import UserError, exit_status
 from archangel.judge import json_lines, write
-from archangel.records import find_files, find_sources, iter_records
+from archangel.records import iter_records
 from archangel.run import find_model, load_language_model, load_tokenizer
-from archangel.sample import encode_prompts, room_for_prompt, weights_sha256
+from archangel.sample import encode_prompts, held_out_source, room_for_prompt, weights_sha256
 from archangel.statistics import binomial_interval
 from archangel.tokens import LeftOut, RecordEncoder
 
@@ -49,15 +48,11 @@ def read_examples(
         {"place", "names"} of each record, the names being those of its completions; the examples;
         and how many records were left out, by reason.
     """
-    prepare_mixture(data)
-    sources = find_sources(data, needs_train=False)
-    if "test" not in sources and not find_files([data]):
-        raise UserError(f"--data {data}: has no held-out records; name a file to read all of it")
     encoder = RecordEncoder(load_tokenizer(path))
     rows = []
     texts = []
     left_out = {}
-    for place, record, _ in iter_records(sources.get("test") or sources["train"]):
+    for place, record, _ in iter_records(held_out_source(data)):
         try:
             texts.append(encoder.render(record))
             rows.append({"place": place})

@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 from archangel import toy
 from archangel.data import prepare_mixture
 from archangel.errors import UserError, exit_status
-from archangel.records import TEMPLATE_COLUMNS, find_files, find_sources, iter_records
+from archangel.records import TEMPLATE_COLUMNS, Source, find_files, find_sources, iter_records
 from archangel.run import find_model, load_tokenizer
 from archangel.tokens import LeftOut, RecordEncoder, TokenizedRecord, split_record
 
@@ -87,6 +87,15 @@ def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to(device).eval(), tokenizer
 
 
+def held_out_source(data: str) -> Source:
+    """Where the held-out records of --data are; of files, all records. Raises UserError."""
+    prepare_mixture(data)
+    sources = find_sources(data, needs_train=False)
+    if "test" not in sources and not find_files([data]):
+        raise UserError(f"--data {data}: has no held-out records; name a file to read all of it")
+    return sources.get("test") or sources["train"]
+
+
 def read_prompts(data: str, n: int) -> list[dict]:
     """The first `n` prompts, each once: {"prompt": ..., "chosen": ... if there is one}.
 
@@ -96,13 +105,8 @@ def read_prompts(data: str, n: int) -> list[dict]:
 
     data: as the trainers take it. The held-out records are read; of files, all records.
     """
-    prepare_mixture(data)
-    sources = find_sources(data, needs_train=False)
-    if "test" not in sources and not find_files([data]):
-        raise UserError(f"--data {data}: has no held-out records; name a file to read all of it")
-    source = sources.get("test") or sources["train"]
     prompts = {}
-    for _, record, _ in iter_records(source):
+    for _, record, _ in iter_records(held_out_source(data)):
         try:
             messages, completions = split_record(record)
         except LeftOut:  # as in training, which counts them

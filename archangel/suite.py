@@ -20,6 +20,7 @@ see the records in one order, the unpaired losses in another, as in the report's
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -848,8 +849,25 @@ def check(args: argparse.Namespace) -> None:
                 args.rates.pop(arm.name, None)
 
 
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Make the folder and lock it; SIGTERM and Ctrl-C end with advice. Raises UserError."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / "stages.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {out}: another process runs stages there") from None
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def interrupt(signal_number, frame) -> None:
-    """End the suite after SIGTERM or Ctrl-C."""
+    """End after SIGTERM or Ctrl-C."""
     raise Interrupted("run the same command again to resume")
 
 
@@ -862,23 +880,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for stage in stages:
             print(shlex.join(stage.words))
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(args.out / "suite.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--out {args.out}: another suite is writing there") from None
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, interrupt)
-    if args.processes > 1 and "ablations" in args.experiment:
-        print("left out, since kto_variants.py trains in one process: the arms that need it")
-    write_data(args)
-    failed = execute(stages, args.out, args.jobs)
-    collect(args, stages, failed)
-    print(f"the report is {args.out / 'report.md'}")
-    if failed:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        raise UserError(f"{len(failed)} of {len(stages)} stages failed. {reasons}")
+    with claimed(args.out):
+        if args.processes > 1 and "ablations" in args.experiment:
+            print("left out, since kto_variants.py trains in one process: the arms that need it")
+        write_data(args)
+        failed = execute(stages, args.out, args.jobs)
+        collect(args, stages, failed)
+        print(f"the report is {args.out / 'report.md'}")
+        if failed:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+            raise UserError(f"{len(failed)} of {len(stages)} stages failed. {reasons}")
 
 
 if __name__ == "__main__":

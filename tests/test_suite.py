@@ -581,7 +581,7 @@ def test_execute_interrupted(tmp_path):
 
 
 def test_main_locks_folder(tmp_path):
-    with FileLock(tmp_path / "suite.lock"), pytest.raises(UserError, match="another suite"):
+    with FileLock(tmp_path / "stages.lock"), pytest.raises(UserError, match="another process"):
         suite.main(["--out", str(tmp_path)])
 
 
