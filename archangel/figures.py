@@ -225,7 +225,7 @@ def figure3(numbers: dict, path: Path) -> None:
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     left.set_xlabel("reply length, tokens")
-    right.set_xlabel("replies that end by themselves, %")
+    right.set_xlabel("replies that stop at EOS, %")
     right.set_xlim(0, 105)
     if len(models) > 1:
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)

@@ -286,7 +286,7 @@ def draw(numbers: dict, out: Path) -> list[tuple[str, str]]:
         add("overview.png", f"{text}. {bars}", figures.overview)
         text = "Win rate against the chosen reply, minus one half, by method and size"
         add("figure_2.png", f"Figure 2. {text}. {bars}", figures.figure2)
-        text = "How long replies are, and how many end by themselves"
+        text = "How long replies are, and how many stop at EOS"
         add("figure_3.png", f"Figure 3. {text}. Lines are 95% intervals.", figures.figure3)
         if any(row["arm"] in figures.ARMS_OF_FIGURE_5 for row in numbers["methods"]):
             text = "KTO against DPO, with and without SFT before"

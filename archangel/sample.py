@@ -349,7 +349,7 @@ def summarize(replies: Sequence[dict], is_toy: bool) -> dict[str, str]:
         wins = [toy.win(reply["prompt"], reply["reply"], reply["chosen"]) for reply in replies]
         table["win rate against the chosen reply, minus 0.5"] = f"{mean(wins) - 0.5:+.2f}"
     table["reply length, tokens"] = f"{mean(reply['tokens'] for reply in replies):.1f}"
-    table["ended by itself"] = f"{mean(reply['ended'] for reply in replies):.0%}"
+    table["stopped at EOS"] = f"{mean(reply['ended'] for reply in replies):.0%}"
     if is_toy:
         verdicts = [toy.judge(reply["prompt"], reply["reply"]) for reply in replies]
         is_rude = [not verdict["harmless"] for verdict in verdicts]
