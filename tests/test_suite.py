@@ -696,6 +696,20 @@ def test_claims_of_contradictory_labels():
     }
 
 
+def test_verdicts_table():
+    """A row for each claim, a column for each model; without the claim it is empty."""
+    wins = {"a": table(kto=0.9, dpo=0.1), "b": table(kto=0.9, dpo=0.1)}
+    tables = {model: {"win": of_model} for model, of_model in wins.items()}
+    beats = claims.Claim("KTO beats DPO", "report", "here", {"kto": 1.0, "dpo": -1.0})
+    loses = claims.Claim("DPO beats KTO", "nobody", "here", {"kto": -1.0, "dpo": 1.0})
+    records = claims.examine_all(tables, {"a": [beats], "b": [beats, loses]})
+    lines = results.verdicts_table(records).splitlines()
+    effect = np.mean(list(wins["b"]["kto"].values())) - np.mean(list(wins["b"]["dpo"].values()))
+    assert lines[0] == "| claim | who claims it | a | b |"
+    assert lines[2].startswith("| KTO beats DPO | report | holds (")
+    assert lines[3] == f"| DPO beats KTO | nobody |  | does not hold ({-effect:+.3f}) |"
+
+
 def test_prompts_needed():
     """Those of a claim of equivalence follow from the variance of its contrast."""
     wins = table(seeds=1, prompts=2000, kto=0.5, dpo=0.5)
