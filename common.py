@@ -11,20 +11,27 @@ In the order of this file:
     add_reference_logps                 log pi_ref, computed once before training
     make_optimizer, clip_gradient       the rest of a step
 
-Files and folders (archangel/run.py), data formats and tokens (archangel/records.py, tokens.py,
-tokenized.py) and a faster arrangement of a micro-batch (archangel/packed.py) are not needed to
-understand a step.
+A micro-batch is shown here in the padded layout, which is the simple one. Training normally uses
+the packed layout (archangel/packed.py), which is faster and gives the same numbers. It is not
+needed to understand a step, nor are files and folders (archangel/run.py), data formats and tokens
+(archangel/records.py, tokens.py, tokenized.py).
 
-Three kinds of integers name things: the `number` of a record in the data, the `index` of an example
-in its set, and the `place` of an example in a global batch (0 to B - 1).
+Shapes, in the order in which they appear in a step:
 
-Shapes: a micro-batch holds b of the B examples of a global batch. These have C completions (for KTO
-C = b; for DPO C = 2b, chosen and rejected in turn), with N completion tokens in all, prompts not
-counted. The model sees R sequences of T tokens, prompts and padding included. H is the hidden size,
-V the vocabulary size. Log-probabilities ("logps") are in nats. Weights are in run.dtype, float32 or
-float64. With run.bfloat16, matrix products are in bfloat16 (autocast); with several processes, so
-are all weights during the forward and the backward pass (FSDP). The residual stream (the sum of
-what the layers add) and the logits are in float32 all the same.
+    B    examples in the global batch
+    b    examples in a micro-batch
+    C    completions in a micro-batch: for KTO C = b; for DPO C = 2b, chosen and rejected in turn
+    N    completion tokens in a micro-batch, prompts not counted
+    R, T sequences that the model is given, and tokens in each, prompts and padding included
+    H, V hidden size, vocabulary size
+
+Three kinds of integers refer to an example: the `number` of its record in the data, its `index` in
+an Examples, and its `place` in a global batch (0 to B - 1).
+
+Log-probabilities ("logps") are in nats. Weights are in run.dtype, float32 or float64. With
+run.bfloat16, matrix products are in bfloat16 (autocast); with several processes, FSDP also casts
+all weights to bfloat16 for the forward and the backward pass. The residual stream (the sum of what
+the layers add) and the logits stay in float32 in both cases.
 """
 
 import contextlib
@@ -107,10 +114,11 @@ def start_run(config) -> Run:
 
 
 def load_records(run: Run, formats: Sequence[str]) -> tuple[TokenizedRecords, TokenizedRecords]:
-    """The token ids of the training and of the held-out records of --data, not cut yet.
+    """The token ids of the training and of the held-out records of --data, not truncated yet.
 
-    One process of each machine computes them, unless an earlier run has; the others then read its
-    file. Raises UserError if a record has none of these formats, or if no record can be used.
+    One process of each machine computes and caches them, unless an earlier run has; all processes
+    read the cache. Raises UserError if a record has none of these formats, or if no record can be
+    used.
     """
     error = None
     if run.local_rank == 0:
@@ -601,13 +609,12 @@ def head_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 class CoarseProduct(torch.autograd.Function):
-    """a @ b.T of float32 matrices, about as fast as of bfloat16 ones.
+    """a @ b.T of float32 matrices with rounded inputs, about as fast as a bfloat16 product.
 
-    The inputs are rounded before they are multiplied: to bfloat16 on a CPU that multiplies it
-    faster, to TF32 on a GPU. The result is not. In the backward pass it is the same. The precision
-    is set for these products only: others, such as those that rotary positions may be made by, need
-    all of it. It is a Function because the backward pass needs this precision, too, and runs
-    outside of the forward pass's "with".
+    Before they are multiplied, the inputs are rounded: to TF32 on a GPU, to bfloat16 on a CPU that
+    multiplies bfloat16 faster. The result is not rounded. The precision is set for these products
+    alone, because others, such as those that compute rotary positions, need full precision. It is a
+    Function because the products of the backward pass run outside of the forward pass's "with".
     """
 
     @staticmethod
@@ -641,8 +648,9 @@ class TokenLogps(torch.autograd.Function):
     """-F.cross_entropy(logits, targets, reduction="none"), computed in place.
 
     It overwrites the logits (n, V), in forward and in backward. F.cross_entropy would need two more
-    tensors of their size. The overwritten logits are also returned, because autograd requires that
-    of an input that was changed in place; nothing uses them.
+    tensors of their size. The backward pass can therefore run only once. The overwritten logits are
+    also returned, because autograd requires that of an input that was changed in place; nothing
+    uses them.
     """
 
     @staticmethod
@@ -737,7 +745,7 @@ def load_policy(run: Run, policy_class: type[Policy] = Policy) -> Policy:
 
 def prepare_policy(policy: Policy, run: Run) -> Policy:
     """Prepare a policy before it is moved to its device."""
-    # No dropout, even in training: policy and reference agree before the first step.
+    # No dropout, even in training, so that policy and reference agree before the first step.
     policy.eval()
     if run.bfloat16:
         keep_residual_stream_in_float32(policy.lm, run.device)
@@ -749,12 +757,12 @@ def prepare_policy(policy: Policy, run: Run) -> Policy:
 
 
 def keep_residual_stream_in_float32(lm: nn.Module, device: torch.device) -> None:
-    """Cast the embedding's output to float32, so that the residual stream is so under FSDP, too.
+    """Cast the embedding's output to float32, so that the residual stream is in float32.
 
     The layers add to the output of the embedding, so the sum stays in its dtype. In one process
     that is float32, the dtype of the weights. With several it would be bfloat16, because FSDP casts
-    the weights. In a model of 135 M parameters that made the mean error of log-probabilities 0.029
-    nats per token instead of 0.018.
+    the weights. In SmolLM2-135M on a CPU that made the mean error of log-probabilities 0.029 nats
+    per token instead of 0.018.
     """
     lm.get_input_embeddings().register_forward_hook(
         lambda embedding, inputs, output: output.to(torch.float32)
@@ -808,14 +816,16 @@ def shard(policy: Policy, whole_model: nn.Module | None, run: Run) -> None:
 
 # A reader of a training step may skip this section.
 
-# Mean errors of log-probabilities, in nats per token, above which a model is refused. Between ours
-# and the model's own, over the same sequences, only sums differ: 8e-6 in a model of 135M parameters
-# in bfloat16. A scaling of the logits that is not known here changes them by far more.
+# Three differences of log-probabilities are checked, in nats per token:
+# 1. Ours from the model's own forward pass, over the same sequences: the mean. Only sums differ, by
+#    8e-6 in bfloat16 in SmolLM2-135M. A scaling of the logits that is not known here changes them
+#    by far more, and the model is refused.
 MAX_ERROR = {"bfloat16": 1e-3, "float32": 1e-4}
-# Between two arrangements of the same sequences, bfloat16 rounds differently: by 0.015 there.
+# 2. One sequence at a time from a padded micro-batch of them: the mean. In bfloat16 they round
+#    differently, by 0.015 in SmolLM2-135M. Above the limit, the model is refused.
 MAX_NOISE = {"bfloat16": 0.2, "float32": 1e-4}
-# Of four tokens in a row, between the packed layout and the padded one. Rounding of some models may
-# exceed it; then four times their noise is allowed.
+# 3. The packed layout from one sequence at a time: the largest mean of four tokens in a row. Above
+#    the limit, and above four times the same of the second difference, padding is used.
 MAX_PACKED_ERROR = {"bfloat16": 0.2, "float32": 1e-3}
 
 
@@ -995,9 +1005,9 @@ def add_reference_logps(
     """Set examples.reference_logps: log pi_ref of every completion token, of these examples.
 
     The reference model is the policy before training, and never changes. So this is done once, and
-    kept in the run's folder, in reference_logps_{name}.safetensors. After --resume it is used only
-    if `arithmetic` is the same. Log-probabilities of examples that are not asked for are nan. The
-    mismatched examples, if any, are included.
+    kept in the run's folder, in reference_logps_{name}.safetensors. After --resume they are read if
+    they were computed with the same `arithmetic`, and else computed again. Log-probabilities of
+    examples that are not asked for are nan. The mismatched examples, if any, are included.
     """
     if not indices:
         return
@@ -1102,6 +1112,9 @@ def arithmetic(run: Run) -> str:
 
 def check_first_step(log_ratios: Tensor, num_tokens: int, run: Run) -> None:
     """Warn if policy and reference differ in the first step, before the policy was changed.
+
+    In bfloat16 they differ by rounding, by 0.005 nats per token where it was measured: the packed
+    layout of the reference pass has other neighbors.
 
     log_ratios: (B, ...) of the completions of the first global batch. num_tokens: of all of them.
     """

@@ -12,8 +12,8 @@ The reference point kl (z_ref in equation (6)) stands for KL(pi || pi_ref), the 
 completions sampled from the policy pi. Sampling is slow, so it is estimated with completions of the
 data set:
 
-    --kl other_half  (the report)      mean log-ratio of the examples with the other label
-    --kl mismatched  (the KTO paper)   mean log-ratio r(x, y'), where y' belongs to another prompt
+    --kl other_half  (the report)      max(0, mean log-ratio of the examples with the other label)
+    --kl mismatched  (the KTO paper)   max(0, mean log-ratio r(x, y')), y' from another prompt
     --kl zero                          0, for comparison
 
 Deviations from the report (Ethayarajh et al., Human-Centered Loss Functions, December 2023, in
@@ -22,17 +22,18 @@ github.com/ContextualAI/HALOs with the authors' code; the KTO paper is arXiv 240
  2. The reference point is clamped at 0, as in the authors' code: a KL divergence is never negative,
     but its estimate can be.
  3. The reference point is a constant of the loss, like z_ref in equation (6): no gradient flows
-    through it. Otherwise a desirable example would also push the undesirable ones down, and an
-    undesirable example the desirable ones up, through their mean. The report does not say. In the
-    authors' code of the time, gradient flowed through it; in the KTO paper it does not.
+    through it. With gradient, the pushes on all log-ratios would sum to zero: training would change
+    only the difference between the classes, as a preference loss does, instead of comparing each
+    completion with a fixed expectation. The report does not say. In the authors' code of the time,
+    gradient flowed through it; in the KTO paper it does not.
  4. The reference point is estimated over the global batch, of all processes and all micro-batches.
     The report has the other half of a minibatch, the authors' code that of one process.
  5. The two class weights and --kl mismatched are from the KTO paper. The paper mismatches neighbors
     in a minibatch; here the pairing is drawn once for the whole data set.
  6. Where the data has more of one class, the other class repeats, so that every batch is half
-    desirable, half undesirable. The paper's rule for class weights multiplies them by the numbers
-    of examples, which are equal here. So desirable_weight / undesirable_weight itself should be
-    between 1 and 4/3 (ICML version of the paper: 3/2), whatever the balance of the data.
+    desirable, half undesirable. The paper's rule for the class weights, with n_D desirable and n_U
+    undesirable examples, is 1 <= (desirable_weight * n_D) / (undesirable_weight * n_U) <= 4/3 (3/2
+    in its ICML version). Here n_D = n_U in every batch, whatever the balance of the data.
 
     python kto.py --model toy --data toy --lr 2e-4 --warmup_steps 10 --out runs/kto
     torchrun --nproc_per_node=8 kto.py --model pythia-1.4b
@@ -63,7 +64,7 @@ class Config:
     data: str | list[str] = "archangel"  # archangel, toy, files, a folder or a hub id: see DATA.md
     out: str = "runs/kto"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
-    epochs: int = 1  # passes over the data (HALOs)
+    epochs: int = 1  # passes over the data; KTO and PPO: over the larger class (HALOs)
     batch_size: int = 32  # examples per optimizer step, over all processes (the report)
     micro_batch_tokens: int = 8192  # most tokens in a micro-batch; lower it to save memory
     lr: float = 5e-7  # learning rate after warm-up (HALOs)
@@ -73,8 +74,8 @@ class Config:
     max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
     max_prompt_length: int = 1024  # overlong examples lose prompt tokens first, but keep this many
     truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
-    seed: int = 1  # determines the order of the data (HALOs)
-    eval_every: int = 0  # steps between evaluations; 0: only before and after training
+    seed: int = 1  # of the order of the data, and of what else is drawn at random (HALOs)
+    eval_every: int = 0  # steps between evaluations, besides before and after training; 0: none
     save_every: int = 500  # steps between checkpoints, and one at the end; 0: only after a signal
     resume: bool = False  # continue from the last checkpoint in --out
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on GPUs
@@ -205,7 +206,7 @@ def make_examples(records: common.TokenizedRecords, config: Config) -> common.Ex
 def draw_mismatched(examples: common.Examples, config: Config) -> common.Examples:
     """Each example's prompt with a completion drawn from the examples of other prompts.
 
-    The completion is cut to the room that the prompt leaves, also that of a conversation.
+    The completion is truncated to fit after this prompt, even one of a conversation.
     """
     if len(examples) > 0 and len(set(examples.prompt_number)) < 2:
         raise common.UserError(
@@ -219,7 +220,7 @@ def draw_mismatched(examples: common.Examples, config: Config) -> common.Example
         while examples.prompt_number[other] == examples.prompt_number[index]:
             other = rng.integers(len(examples))
         mismatched.append(
-            examples.with_completions_of(index, other),  # cut to the room that this prompt leaves
+            examples.with_completions_of(index, other),  # truncated to fit after this prompt
             record_number=examples.record_number[index],
         )
     return mismatched
@@ -260,8 +261,8 @@ def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
         for start in range(epoch * len(larger), epoch_end, half):
             # The last batch of an epoch may be smaller.
             stop = min(start + half, epoch_end)
-            batch = [larger[place] for place in larger_order[start:stop]]
-            batch += [smaller[place] for place in smaller_order[start:stop]]
+            batch = [larger[i] for i in larger_order[start:stop]]
+            batch += [smaller[i] for i in smaller_order[start:stop]]
             schedule.append(batch)
     return schedule[:num_steps]
 
@@ -276,7 +277,7 @@ def labels_of(examples: common.Examples, batch: list[int], run: common.Run) -> t
 
 @torch.no_grad()
 def measure_log_ratios(
-    policy, examples: common.Examples, batch: list[int], run: common.Run
+    policy: common.Policy, examples: common.Examples, batch: list[int], run: common.Run
 ) -> torch.Tensor:
     """The log-ratios (B,) of a global batch, by a forward pass without gradient."""
     micro_batches = common.make_micro_batches(examples, batch, run)
@@ -289,7 +290,7 @@ def measure_log_ratios(
 
 
 def estimate_kl(
-    policy,
+    policy: common.Policy,
     examples: common.Examples,
     batch: list[int],
     config: Config,
@@ -337,12 +338,12 @@ def summarize(
 
 
 def evaluate(
-    policy, examples: common.Examples, config: Config, run: common.Run
+    policy: common.Policy | None, examples: common.Examples, config: Config, run: common.Run
 ) -> dict[str, float]:
     """The metrics on held-out examples, a batch of consecutive ones at a time.
 
-    These batches are not balanced. With --kl other_half, the reference point of a batch of one
-    class is 0.
+    A batch need not be balanced; with --kl other_half, the reference point of one with a single
+    class is 0. So eval_loss and eval_kl depend on --batch_size and on the order of the records.
 
     policy: None stands for the reference model. Its log-ratios are 0, so nothing is computed.
     """
@@ -402,7 +403,7 @@ def train(config: Config) -> None:
     records, test_records = common.load_records(run, FORMATS)
     train_set = make_examples(records, config)
     test_set = make_examples(test_records, config)
-    run.check_examples(train_set, test_set)  # says what was left out or cut
+    run.check_examples(train_set, test_set)  # says what was left out or truncated
     schedule = make_schedule(train_set, config)  # the example indices of every step
     run.check_run(train_set, test_set, schedule)  # refuses to resume with other data or settings
     if run.is_finished():
@@ -429,9 +430,10 @@ def train(config: Config) -> None:
         micro_batches = common.make_micro_batches(train_set, batch, run)
 
         # The loss of the first micro-batch already needs the reference point of the whole global
-        # batch. So it is estimated before, by an extra forward pass without gradient. With --kl
-        # other_half and a single micro-batch (the same number on every process) the training pass
-        # below has all log-ratios before it computes the loss, and gives the reference point, too.
+        # batch. To keep the graphs of all micro-batches until it is known would cost the memory
+        # that they save. So it is measured before, by an extra forward pass without gradient. With
+        # --kl other_half and a single micro-batch (the same number on every process) the training
+        # pass below has all log-ratios before it computes the loss, so no extra pass is needed.
         kl_from_training_pass = config.kl == "other_half" and len(micro_batches) == 1
         if not kl_from_training_pass:
             kl = estimate_kl(policy, train_set, batch, config, run)  # (B,)
@@ -442,7 +444,7 @@ def train(config: Config) -> None:
             policy_logps = micro_batch.sum_completions(policy(micro_batch))  # (b,)
             reference_logps = micro_batch.sum_completions(micro_batch.reference_logps)  # (b,)
             log_ratios.append((policy_logps - reference_logps).detach())
-            if kl_from_training_pass:
+            if kl_from_training_pass:  # this is the only micro-batch
                 all_log_ratios = common.gather_batch(log_ratios, micro_batches, len(batch))
                 kl = estimate_kl(policy, train_set, batch, config, run, all_log_ratios)  # (B,)
             micro_losses = kto_loss(

@@ -61,7 +61,7 @@ class Config:
     data: str | list[str] = "archangel"  # archangel, toy, files, a folder or a hub id: see DATA.md
     out: str = "runs/ppo_offline"  # folder for the model, metrics.jsonl, run.json and checkpoints
     max_steps: int = 0  # optimizer steps; 0: as many as --epochs makes
-    epochs: int = 1  # passes over the data (HALOs)
+    epochs: int = 1  # passes over the data; KTO and PPO: over the larger class (HALOs)
     batch_size: int = 32  # examples per optimizer step, over all processes (the report)
     micro_batch_tokens: int = 8192  # most tokens in a micro-batch; lower it to save memory
     lr: float = 5e-7  # learning rate after warm-up (HALOs)
@@ -71,8 +71,8 @@ class Config:
     max_length: int = 2048  # tokens of a prompt and a completion together, at most (HALOs)
     max_prompt_length: int = 1024  # overlong examples lose prompt tokens first, but keep this many
     truncate_prompt: Literal["start", "end"] = "start"  # which end of an overlong prompt is cut off
-    seed: int = 1  # determines the order of the data (HALOs)
-    eval_every: int = 0  # steps between evaluations; 0: only before and after training
+    seed: int = 1  # of the order of the data, and of what else is drawn at random (HALOs)
+    eval_every: int = 0  # steps between evaluations, besides before and after training; 0: none
     save_every: int = 500  # steps between checkpoints, and one at the end; 0: only after a signal
     resume: bool = False  # continue from the last checkpoint in --out
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 on GPUs
@@ -231,8 +231,8 @@ def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
         for start in range(epoch * len(larger), epoch_end, half):
             # The last batch of an epoch may be smaller.
             stop = min(start + half, epoch_end)
-            batch = [larger[place] for place in larger_order[start:stop]]
-            batch += [smaller[place] for place in smaller_order[start:stop]]
+            batch = [larger[i] for i in larger_order[start:stop]]
+            batch += [smaller[i] for i in smaller_order[start:stop]]
             schedule.append(batch)
     return schedule[:num_steps]
 
@@ -350,7 +350,7 @@ def summarize(
 
 @torch.no_grad()
 def evaluate(
-    policy, examples: common.Examples, config: Config, run: common.Run
+    policy: PolicyWithValues, examples: common.Examples, config: Config, run: common.Run
 ) -> dict[str, float]:
     """The metrics on held-out examples, a batch of consecutive ones at a time."""
     sums_of_batches = []
@@ -383,7 +383,7 @@ def train(config: Config) -> None:
     records, test_records = common.load_records(run, FORMATS)
     train_set = make_examples(records, config)
     test_set = make_examples(test_records, config)
-    run.check_examples(train_set, test_set)  # says what was left out or cut
+    run.check_examples(train_set, test_set)  # says what was left out or truncated
     schedule = make_schedule(train_set, config)  # the example indices of every step
     run.check_run(train_set, test_set, schedule)  # refuses to resume with other data or settings
     if run.is_finished():

@@ -158,7 +158,7 @@ def pushes(axes: Axes) -> None:
     for name, loss in losses.items():
         (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
         push = -gradient / gradient.abs().max()
-        label = "PPO, a token" if name == "ppo" else name_of(name)
+        label = "PPO (per token)" if name == "ppo" else name_of(name)
         style = "--" if name == "slic" else "-"  # half of it coincides with SFT's
         axes.plot(log_ratio.detach(), push, style, color=COLORS[name], label=label, linewidth=2)
     axes.set_xlabel("log-ratio of the desirable completion, nats")

@@ -950,7 +950,7 @@ def test_pushes():
         "SFT": np.ones_like(r),
         "SLiC": np.where(r < 1 + 1e-9, 1.1, 0.1) / 1.1,  # the hinge up to its margin; likelihood
         "DPO": (1 - sigmoid) / (1 - sigmoid).max(),
-        "PPO, a token": np.where(is_not_clipped, np.exp(r), 0) / ratio.max(),
+        "PPO (per token)": np.where(is_not_clipped, np.exp(r), 0) / ratio.max(),
         "KTO": 4 * sigmoid * (1 - sigmoid),
     }
     assert curves.keys() == expected.keys()
