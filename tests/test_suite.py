@@ -838,7 +838,9 @@ def test_results_main(finished, tmp_path):
     report = (out / "report.md").read_text()
     assert f"{claims_of_equivalence[0]['prompts_needed']} prompts needed" in report
     assert report.count("![") == 5
-    lines = [line for line in report.splitlines() if line.startswith("| KTO alone beats DPO")]
+    assert "| claim | who claims it | toy | small |" in report
+    tests = report.partition("### The tests")[2].splitlines()
+    lines = [line for line in tests if line.startswith("| KTO alone beats DPO")]
     assert [line.split(" | ")[4] for line in lines] == ["toy", "small"]
 
 
