@@ -107,7 +107,7 @@ def make_report(results: dict) -> str:
     """The results as Markdown."""
     counts = results["counts"]
     parts = [
-        f"# {results['model']} on HH harmless",
+        f"# {results['model']}, trained on HH harmless",
         f"{results['training_pairs']} training pairs, {counts['test']} test pairs that nothing was "
         f"trained on or chosen by, batches of {results['batch_size']}, AdamW, beta 0.1, training "
         f"seeds: {results['seeds']}. Written by `python -m archangel.real_model`.",
@@ -115,9 +115,9 @@ def make_report(results: dict) -> str:
         "Log-ratios (log pi - log pi_ref, of whole completions) and KL divergences are in nats. "
         "*Reward accuracy* is the share of test pairs whose chosen reply has the higher log-ratio; "
         "its interval is over pairs. The reference of a method after SFT is the SFT model, else "
-        "the model before training. *KL* is that of replies sampled to test prompts, of at most "
-        f"{results['max_new_tokens']} tokens, from the reference. *Ended* is the share of replies "
-        "that ended by themselves.",
+        "the model before training. *KL* is KL(pi || pi_ref), estimated on replies that the model "
+        f"samples to prompts of test pairs, of at most {results['max_new_tokens']} tokens. *Ended* "
+        "is the share of these replies that stop at EOS.",
         "## Learning rates",
         f"Validation loss after training with seed 1 on {counts['subset']} pairs. The lowest was "
         "taken; where it is at the end of the range, a better rate may lie beyond.",
