@@ -14,11 +14,12 @@
 # *The [report](https://github.com/ContextualAI/HALOs/blob/main/assets/report.pdf),
 # Figure 1 (the pipeline) and section 5 (KTO, equation (7)).*
 #
-# From a record to tokens, log-probabilities, the reference point, the loss, a step, and the
-# replies before and after, in the toy world that ships with the project: a shop assistant of 0.7 M
-# parameters that knows 256 products and has picked up bad manners. Everything is done by the
-# functions that `kto.py` runs; the steps themselves by `kto.train`. (In float64 and on the CPU, so
-# that another machine prints the same.)
+# This notebook follows a record to its tokens, log-probabilities, reference point, loss, optimizer
+# step, and to the replies before and after training. The model is the project's toy: a shop
+# assistant of 0.7 M parameters that knows 256 products and is often rude. Everything is computed by
+# the functions that `kto.py` uses, and the optimizer steps are taken by `kto.train`. (`plots.py`,
+# beside this notebook, only draws. The model is in float64 and on the CPU, so that the output is
+# the same on other machines.)
 
 # %%
 import os
@@ -35,8 +36,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
+import plots
 import torch
 from transformers.utils.logging import disable_progress_bar
 
@@ -47,7 +47,6 @@ from archangel import packed, sample
 from archangel.records import read_records
 from archangel.run import find_model
 
-plt.style.use("figures.mplstyle")
 disable_progress_bar()
 folder = tempfile.TemporaryDirectory()
 os.environ["HALOS_CACHE"] = folder.name  # where token ids are kept
@@ -55,49 +54,18 @@ os.environ["HALOS_CACHE"] = folder.name  # where token ids are kept
 # %% [markdown]
 # ## 1. The pipeline
 #
-# *Figure 1:* supervised finetuning, then a human-centered loss; and KTO does not need pairs. This
-# is the second half as the project runs it, with the functions' names. The reference model is not
-# there: it never changes, so its log-probabilities are a column, computed once.
+# *Figure 1 has two stages: supervised finetuning, then a human-centered loss.* The picture is the
+# second stage with KTO, with the names of the project's functions. The reference model never
+# changes, so its log-probabilities of all examples are computed once, before training.
 
 # %%
-BOXES = {  # name: (x, y, what)
-    "record": (0, 1, "records\nprompt, reply, label"),
-    "tokens": (0, 0, "token ids\ncommon.load_records"),
-    "batch": (1, 1, "a batch of the schedule\ncommon.make_micro_batches"),
-    "policy": (2, 1, "log-probabilities\ncommon.completion_logps"),
-    "column": (
-        1.6,
-        0,
-        "reference log-probabilities, of all examples, before training\ncommon.add_reference_logps",
-    ),
-    "ratios": (3, 0.5, "log-ratios\npolicy minus reference"),
-    "point": (4, 0, "reference point\nkto.kl_from_other_half"),
-    "loss": (4, 1, "loss, equation (7)\nkto.kto_loss"),
-    "step": (5, 1, "a step\nkto.train"),
-    "replies": (5, 0, "replies\narchangel.sample"),
-}
-ARROWS = ["record tokens", "tokens batch", "batch policy", "tokens column", "policy ratios"]
-ARROWS += ["column ratios", "ratios loss", "ratios point", "point loss", "loss step"]
-ARROWS += ["step replies"]
-figure, axes = plt.subplots(figsize=(12, 2))
-axes.set(xlim=(-0.4, 5.4), ylim=(-0.3, 1.3))
-axes.axis("off")
-frame = {"boxstyle": "round,pad=0.4", "fc": "#e8f1f8", "ec": "C0"}
-place = {"ha": "center", "va": "center", "fontsize": 8, "bbox": frame}
-boxes = {name: axes.text(x, y, what, **place) for name, (x, y, what) in BOXES.items()}
-figure.canvas.draw()  # the boxes have their sizes from here on, so that arrows can end at them
-for arrow in ARROWS:
-    start, end = arrow.split()
-    ends = {"patchA": boxes[start].get_bbox_patch(), "patchB": boxes[end].get_bbox_patch()}
-    style = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 2, "shrinkB": 2, **ends}
-    axes.annotate("", BOXES[end][:2], BOXES[start][:2], arrowprops=style)
-plt.show()
+plots.pipeline()
 
 # %% [markdown]
 # ## 2. A record, as tokens
 #
-# *Section 5: KTO learns from a reply and whether it is desirable; pairs are not needed.* A record
-# here is a pair, because all five losses learn from the same data. KTO takes it as two examples.
+# *Section 5: KTO learns from a reply and whether it is desirable. Pairs are not needed.* A record
+# of the toy is a pair, because all five losses use the same data. KTO makes two examples of it.
 
 # %%
 records = read_records("toy", "train")[:240]
@@ -111,7 +79,9 @@ config = kto.Config(
     save_every=1,
     dtype="float64",
 )
-Path(config.data).write_text("".join(json.dumps(record) + "\n" for record in records))
+with Path(config.data).open("w") as file:
+    for record in records:
+        file.write(json.dumps(record) + "\n")
 record = records[0]
 for column, text in record.items():
     print(f"{column:<10}{text.strip()!r}")
@@ -120,18 +90,30 @@ for column, text in record.items():
 run = common.start_run(config)
 tokenized_records, _ = common.load_records(run, kto.FORMATS)
 examples = kto.make_examples(tokenized_records, config)
-good = examples[0]  # the first record's chosen reply
-bad = examples[1]  # and its rejected one
-for index in (0, 1):
-    completion_ids = examples[index].completions_ids[0]
-    counts = f"{len(examples[index].prompt_ids)} + {len(completion_ids)} tokens"
-    print(f"desirable {examples.desirable[index]!s:<6} {counts}")
-    print("   ", "|".join(map(repr, run.tokenizer.batch_decode(completion_ids[:, None]))))
+desirable_example = examples[0]  # the first record's chosen reply
+undesirable_example = examples[1]  # and its rejected one
+
+
+def token_texts(example):
+    """The text of each token of an example's reply, in quotes."""
+    completion_ids = example.completions_ids[0]
+    texts = run.tokenizer.batch_decode(completion_ids[:, None])
+    return [repr(text) for text in texts]
+
+
+tokens = {
+    "desirable": token_texts(desirable_example),
+    "undesirable": token_texts(undesirable_example),
+}
+prompt_length = len(desirable_example.prompt_ids)
+for name, texts in tokens.items():
+    print(f"{name}: {prompt_length} prompt tokens, {len(texts)} reply tokens")
+    print("   ", "|".join(texts))
 
 # %% [markdown]
-# Prompt and reply are tokenized together and divided at their border. The end-of-sequence token
-# ends the reply: that a reply *stops* is learned like any word of it. (This base model continues
-# with turns of the user, as in the report's Figure 3.)
+# Prompt and reply are tokenized together and then separated. The end-of-sequence token is the last
+# token of the reply, so the model learns to *stop* as it learns any other token. (Before training,
+# this model often continues with turns of the user, as in the report's Figure 3.)
 #
 # ## 3. Log-probabilities
 #
@@ -141,39 +123,31 @@ for index in (0, 1):
 # %%
 model, tokenizer = sample.load(find_model("toy"))
 model = model.double()
-batch = common.make_batch([good, bad])
+batch = common.make_batch([desirable_example, undesirable_example])
 with torch.no_grad():
     logps = common.completion_logps(model, batch)
-figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), sharex=True)
-kinds = ("desirable", "undesirable")
-values_of_both = batch.pad_completions(logps)
-for axes, example, kind, values, colour in zip(
-    panels, (good, bad), kinds, values_of_both, ("C0", "C1")
-):
-    completion_ids = example.completions_ids[0]
-    words = [repr(word) for word in run.tokenizer.batch_decode(completion_ids[:, None])]
-    values = values[: len(words)]
-    axes.barh(range(len(words)), values, color=colour)
-    axes.set_yticks(range(len(words)), words, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel="log-probability, nats", title=f"{kind}: {values.sum():.2f} nats in all")
-plt.show()
+padded_logps = batch.pad_completions(logps)  # (2, T)
+logps_by_name = {}
+for (name, texts), values in zip(tokens.items(), padded_logps):
+    logps_by_name[name] = values[: len(texts)]
+plots.token_logps(tokens, logps_by_name)
 
 # %% [markdown]
 # ## 4. Before the first step
 #
-# *Section 5, equation (7).* The reference is the policy as it is now. So every log-ratio is 0, so
-# is the reference point, every reply is worth exactly what was expected, every loss is one half,
-# and every reply is pushed as hard as it ever will be, by $\beta/4$. The step's batch has as many
-# desirable as undesirable examples (*section 5 found that best*).
+# *Section 5, equation (7).* Before the first step the policy is the reference model. So every
+# log-ratio and every reference point is 0, and every loss is 0.5. The gradient of each loss with
+# respect to $\log\pi(y|x)$ has its largest possible magnitude, $\beta/4$. The batch of a step has
+# as many desirable as undesirable examples (*section 5 found that best*).
 
 # %%
 schedule = kto.make_schedule(examples, config)  # the example indices of every step
 batch = common.make_batch([examples[index] for index in schedule[0]])
-desirable = torch.tensor([examples.desirable[index] for index in schedule[0]])
+desirable = torch.tensor([examples.desirable[index] for index in schedule[0]])  # (B,)
 
 
 def completion_sums(model, batch):
+    """The log-probability of each whole reply, (B,)."""
     with torch.no_grad():
         return batch.sum_completions(common.completion_logps(model, batch))
 
@@ -182,7 +156,7 @@ reference_logps = completion_sums(model, batch)
 
 
 def measure(policy_logps):
-    """Log-ratios, reference points, losses and how hard each reply is pushed up, of the batch."""
+    """Log-ratios, reference points, losses and minus their gradients, of the batch; each (B,)."""
     policy_logps = policy_logps.clone().requires_grad_()
     log_ratios = policy_logps.detach() - reference_logps
     kl = kto.kl_from_other_half(log_ratios, desirable)
@@ -195,74 +169,85 @@ log_ratios, kl, losses, pushes = measure(reference_logps)
 print(f"{desirable.sum()} desirable, {(~desirable).sum()} undesirable")
 print(f"largest log-ratio {log_ratios.abs().max():.3f}, reference points up to {kl.max():.3f}")
 print(f"losses {losses.min():.3f} to {losses.max():.3f}")
-up, down = pushes[desirable].mean(), pushes[~desirable].mean()
-print(f"pushes {up:+.4f} desirable, {down:+.4f} undesirable")
+push_desirable = pushes[desirable].mean()
+push_undesirable = pushes[~desirable].mean()
+print(f"minus the gradient {push_desirable:+.4f} desirable, {push_undesirable:+.4f} undesirable")
 
 # %% [markdown]
 # ## 5. The step
 #
-# `kto.train` does it: the same batch (the schedule depends on the seed alone), loss, gradient,
-# RMSprop. It writes what a user's run writes; its first line of metrics is what was just computed.
+# `kto.train` takes the step: it computes the loss and its gradient on the same batch (the schedule
+# depends only on the seed), and updates the weights by RMSprop. The first line of its metrics
+# agrees with what was just computed.
 
 
 # %%
 def train(steps):
-    """kto.train, up to so many steps in all, continued where it stopped; what it logged."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar tells the time
+    """Run or resume kto.train up to this number of steps in all. Returns the metrics it logged."""
+    handlers = {}  # kto.train sets its own
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.getsignal(number)
+    with contextlib.redirect_stderr(io.StringIO()):  # hides the progress bar
         kto.train(dataclasses.replace(config, max_steps=steps, resume=True))
     torch.distributed.destroy_process_group()  # so that it can be called again from here
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    return [json.loads(line) for line in Path(config.out, "metrics.jsonl").open()]
+    lines = Path(config.out, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
-(metrics,) = train(steps=1)
+metrics = train(steps=1)[0]
 print(f"by kto.train  loss {metrics['loss']:.6f}, reference point {metrics['kl']:.6f}")
 print(f"by hand       loss {losses.mean():.6f}, reference point {kl.mean():.6f}")
 print(f"gradient norm {metrics['grad_norm']:.4f}, learning rate {metrics['lr']:.1e}")
 after, _ = sample.load(Path(config.out))
 after = after.double()
-moves = torch.cat([(a - b).flatten() for a, b in zip(after.parameters(), model.parameters())])
-print(f"{len(moves):,} weights moved, by {moves.abs().mean():.1e} on average")
+weights_before = torch.nn.utils.parameters_to_vector(model.parameters())
+weights_after = torch.nn.utils.parameters_to_vector(after.parameters())
+mean_change = (weights_after - weights_before).abs().mean()
+print(f"{len(weights_after):,} weights changed by {mean_change:.1e} on average")
 
 # %% [markdown]
 # ## 6. What the step did to its batch
 #
 # *Section 5: the KL term of one half is estimated from the other.* After one step the log-ratios
-# are no longer 0. The dotted lines are the mean log-ratios of the classes; the reference point of a
-# class is the *other* class's, and 0 where that is negative.
+# are no longer 0. The dotted lines are the mean log-ratios of the classes. The reference point of a
+# class is the mean of the *other* class, or 0 where that is negative.
 
 # %%
 log_ratios, kl, losses, pushes = measure(completion_sums(after, batch))
-CLASSES = ((True, "C0", "o", "desirable"), (False, "C1", "s", "undesirable"))
 
 
-def draw_on_curve(axes, log_ratios, kl, losses, reach, title):
-    """The batch's examples on the curve of their class's loss, from the reference point."""
-    curve = torch.linspace(-reach, reach, 401)
-    for is_good, colour, mark, _ in CLASSES:
-        of_class = desirable == is_good
-        loss = kto.kto_loss(curve, 0 * curve, torch.full(curve.shape, is_good), 0.0, config.beta)
-        axes.plot(curve, loss, color=colour, lw=1)
-        axes.plot(log_ratios[of_class] - kl[of_class], losses[of_class], mark, color=colour)
-    axes.set(xlabel="log-ratio minus reference point, nats", ylabel="loss", title=title)
+def by_class(values):
+    """Values of the batch, desirable and undesirable."""
+    return {"desirable": values[desirable], "undesirable": values[~desirable]}
 
 
-figure, panels = plt.subplots(1, 2, figsize=(10, 3.6))
-for is_good, colour, mark, name in CLASSES:
-    r = log_ratios[desirable == is_good]
-    panels[0].plot(r, range(1, len(r) + 1), mark, color=colour, label=name)
-    panels[0].axvline(r.mean(), color=colour, ls=":")
-    point = kl[desirable == is_good][0]
-    print(f"{name:<12} mean log-ratio {r.mean():+.3f} nats, reference point {point:.3f}")
-panels[0].axvline(0, color="0.8", lw=1, zorder=0)
-panels[0].set(xlabel="log-ratio after the step, nats", ylabel="example of its class")
-panels[0].set_title("the batch")
-panels[0].legend()
-draw_on_curve(panels[1], log_ratios, kl, losses, 1.5, "on the curve of its loss, close up")
-plt.show()
-print(f"the batch's loss, 0.5 before: {losses.mean():.4f}")
+def loss_curves(distances):
+    """The loss of each class at distances of the log-ratio from the reference point."""
+    zeros = torch.zeros_like(distances)
+    is_desirable = torch.ones_like(distances, dtype=torch.bool)
+    return {
+        "desirable": kto.kto_loss(distances, zeros, is_desirable, 0.0, config.beta),
+        "undesirable": kto.kto_loss(distances, zeros, ~is_desirable, 0.0, config.beta),
+    }
+
+
+means = {}
+for name, of_class in by_class(log_ratios).items():
+    means[name] = of_class.mean().item()
+    point = by_class(kl)[name][0]
+    print(f"{name:<12} mean log-ratio {means[name]:+.3f} nats, reference point {point:.3f}")
+distances = torch.linspace(-1.5, 1.5, 401)
+plots.batch_after_step(
+    by_class(log_ratios),
+    means,
+    distances,
+    loss_curves(distances),
+    by_class(log_ratios - kl),
+    by_class(losses),
+)
+print(f"mean loss of the batch {losses.mean():.4f}, before the step 0.5")
 
 # %% [markdown]
 # ## 7. Thirty steps
@@ -273,68 +258,71 @@ print(f"the batch's loss, 0.5 before: {losses.mean():.4f}")
 metrics = train(steps=30)
 final, _ = sample.load(Path(config.out))
 final = final.double()
-steps = [record["step"] for record in metrics]
-figure, panels = plt.subplots(1, 3, figsize=(12, 3.2))
-for name, line in (("desirable", "C0-"), ("undesirable", "C1--")):
-    rewards = [record[f"reward_{name}"] for record in metrics]
-    panels[0].plot(steps, rewards, line, label=name)
-points = [config.beta * record["kl"] for record in metrics]
-panels[0].plot(steps, points, "k:", label="reference point")
-panels[0].set(
-    xlabel="step", ylabel=r"mean reward ($\beta$ times nats)", title="rewards of each batch"
-)
-panels[0].legend()
-panels[1].plot(steps, [record["loss"] for record in metrics], "C2-")
-panels[1].set(xlabel="step", ylabel="loss", title="loss of each batch")
 log_ratios, kl, losses, pushes = measure(completion_sums(final, batch))
-draw_on_curve(panels[2], log_ratios, kl, losses, 60, "the first batch, after step 30")
-plt.show()
-clamped = sum(record["kl"] < 1e-9 for record in metrics)  # at first it is 0 to rounding
+rewards = {
+    "desirable": [record["reward_desirable"] for record in metrics],
+    "undesirable": [record["reward_undesirable"] for record in metrics],
+    "reference point": [config.beta * record["kl"] for record in metrics],
+}
+distances = torch.linspace(-60, 60, 401)
+plots.training_run(
+    [record["step"] for record in metrics],
+    rewards,
+    [record["loss"] for record in metrics],
+    distances,
+    loss_curves(distances),
+    by_class(log_ratios - kl),
+    by_class(losses),
+)
+clamped = sum(record["kl"] < 1e-9 for record in metrics)  # at step 1 it is 0 up to rounding
 last = metrics[-10:]
 margin = sum(record["reward_margin"] for record in last) / len(last)
-print(f"reference point at its clamp, 0, in {clamped} of {len(metrics)} steps")
+print(f"reference point clamped to 0 in {clamped} of {len(metrics)} steps")
 print(f"reward margin, mean of the last {len(last)} batches: {margin:.1f}")
 
 # %% [markdown]
-# Both classes lose log-probability, the undesirable faster. The mean of either class is then soon
-# negative, so the reference point is mostly at its clamp. On the right, what is far from it is
-# pushed no more: the report's concave gains and convex losses at work.
+# Both classes lose log-probability, the undesirable one more. The means of both classes are soon
+# negative, so the reference point is clamped to 0 in most steps. On the right, the curves are
+# flatter far from the reference point, so examples there have smaller gradients. This is the effect
+# of the report's concave gains and convex losses.
 #
 # ## 8. What changed in the replies
 #
-# First the two replies that we began with:
+# The log-probabilities of the two replies of section 2:
 
 # %%
-two = common.make_batch([good, bad])
-table = {"before": model, "after 1 step": after, "after 30 steps": final}
+two = common.make_batch([desirable_example, undesirable_example])
+policies = {"before": model, "after 1 step": after, "after 30 steps": final}
 print(f"{'log-probability, nats':<24}{'desirable':>12}{'undesirable':>14}")
-for name, policy in table.items():
-    first, second = completion_sums(policy, two).tolist()
-    print(f"{name:<24}{first:>12.2f}{second:>14.2f}")
+for name, policy in policies.items():
+    logp_desirable, logp_undesirable = completion_sums(policy, two).tolist()
+    print(f"{name:<24}{logp_desirable:>12.2f}{logp_undesirable:>14.2f}")
 
 # %% [markdown]
-# Then new replies to prompts that it was not trained on, the same luck before and after: what
-# `python -m archangel.sample runs/kto --against toy` prints, for fewer prompts.
+# The next cell samples replies to prompts that were not used in training, with the same random seed
+# before and after. `python -m archangel.sample runs/kto --against toy` does this for more prompts.
 
 # %%
 prompts = sample.read_prompts("toy", 24)
 settings = {"seed": 1, "top_p": 0.95, "max_new_tokens": 48, "batch_size": 24}
 paths = {"before": find_model("toy"), "after": Path(config.out)}
-with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
-    replies = {name: sample.reply_to(path, prompts, **settings) for name, path in paths.items()}
+replies = {}
+with contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar
+    for name, path in paths.items():
+        replies[name] = sample.reply_to(path, prompts, **settings)
 print(sample.show(replies, count=3, is_toy=True))
 
 # %% [markdown]
-# Thirty steps made it civil and brief, not yet always right. Twenty-four prompts and one seed are
-# an illustration, and a shop of 256 products says nothing about models of 1B to 30B.
+# Thirty steps made the replies polite and brief, but not always right. Twenty-four prompts and one
+# seed are an illustration, and a shop of 256 products says nothing about models of 1B to 30B.
 #
 # ## Appendix: packed micro-batches
 #
 # *Not in the report, and not needed to understand a step.* A micro-batch is one sequence without
 # padding: prompt, reply, next prompt, next reply. The paired losses (DPO, SLiC), and the reference
 # pass of all losses, have both replies after one prompt. The rejected reply does not attend to the
-# chosen one, and its positions continue from the end of the prompt. Here is our record as DPO has
-# it, with the rule and the positions.
+# chosen one, and its positions continue from the end of the prompt. The picture shows the record of
+# section 2 as a pair for DPO.
 
 # %%
 packed.use_packed_attention(model, torch.device("cpu"))
@@ -342,31 +330,16 @@ pair = dpo.make_examples(tokenized_records, dpo.Config(model="toy"))[0]
 micro_batch = common.make_micro_batch([pair], [0], packed.PackedLayout(), "cpu")
 with torch.no_grad():
     packed_logps = common.completion_logps(model, micro_batch)
-    padded_logps = common.completion_logps(model, common.make_batch([pair]))
+    unpacked_logps = common.completion_logps(model, common.make_batch([pair]))
 lengths = packed.segment_lengths(pair)  # of the prompt, the chosen reply, the rejected one
-start, middle, length = np.cumsum(lengths)
 positions = micro_batch.inputs["position_ids"][0]
-place = torch.arange(length)
+places = torch.arange(sum(lengths))
 mask = packed.make_block_mask([lengths], padding=0, device="cpu")
-visible = mask.mask_mod(0, 0, place[:, None], place)
-
-figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1, 1.2))
-panels[0].imshow(visible, cmap="cividis")
-for edge in (start, middle):
-    panels[0].axvline(edge - 0.5, color="white", lw=1)
-    panels[0].axhline(edge - 0.5, color="white", lw=1)
-parts = {"prompt": start / 2, "chosen": (start + middle) / 2, "rejected": (middle + length) / 2}
-panels[0].set(xlabel="key", ylabel="query", title="yellow: the query attends to the key")
-panels[0].set_xticks(list(parts.values()), parts)
-panels[0].set_yticks(list(parts.values()), parts, rotation=90, va="center")
-panels[1].plot(positions, "C0.-", lw=1)
-for edge in (start, middle):
-    panels[1].axvline(edge - 0.5, color="0.8", lw=1)
-panels[1].set_xticks(list(parts.values()), parts)
-panels[1].set(xlabel="place in the sequence", ylabel="position_ids", title="positions")
-plt.show()
-same = (packed_logps - padded_logps).abs().max() < 1e-9
-print(f"log-probabilities as in a sequence for each reply, to 1e-9 nats: {bool(same)}")
+visible = mask.mask_mod(0, 0, places[:, None], places)  # (T, T): query, key
+named_lengths = {"prompt": lengths[0], "chosen": lengths[1], "rejected": lengths[2]}
+plots.packed_pair(visible, positions, named_lengths)
+is_equal = bool((packed_logps - unpacked_logps).abs().max() < 1e-9)
+print(f"log-probabilities equal those of unpacked sequences to 1e-9 nats: {is_equal}")
 
 # %%
 folder.cleanup()

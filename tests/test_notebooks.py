@@ -1,4 +1,4 @@
-"""The notebooks run offline, say what is checked in, and hold no training code of their own."""
+"""The notebooks run offline, print what is checked in, and have no training code of their own."""
 
 import ast
 import importlib.util
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import jupytext
-import matplotlib.font_manager  # noqa: F401  (its cache is built here, its notice in no notebook)
+import matplotlib.font_manager  # noqa: F401  (builds its cache, so that no notebook prints a notice)
 import nbformat
 import pytest
 
@@ -28,7 +28,7 @@ def read(name: str) -> nbformat.NotebookNode:
 
 
 def said(notebook: nbformat.NotebookNode) -> list[tuple[int, str, str]]:
-    """(cell, kind, text) of all outputs, pictures by their place alone; which is not text."""
+    """(cell, kind, text) of all outputs. The text of a picture is empty."""
     lines = []
     for number, cell in enumerate(notebook.cells):
         for output in cell.get("outputs", []):
@@ -54,7 +54,7 @@ def test_all_are_here():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_and_says_what_is_checked_in(name):
-    """If this fails after a change that was meant: python notebooks/execute.py, and look."""
+    """After an intended change, run notebooks/execute.py and look at the new outputs."""
     assert said(load_execute().execute(name)) == said(read(name))
 
 
@@ -81,7 +81,7 @@ def test_checked_in_outputs_are_whole_and_of_no_machine(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_by_the_project_alone(name):
-    """No optimizer, no backward pass: steps are kto.train's. (autograd.grad draws gradients.)"""
+    """No optimizer and no backward pass: kto.train takes the steps. (autograd.grad is allowed.)"""
     tree = ast.parse("\n".join(code_cells(read(name))))
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not attributes & {"backward", "optim", "step", "zero_grad", "make_optimizer"}
@@ -92,10 +92,11 @@ def test_trains_by_the_project_alone(name):
         if isinstance(node, ast.ImportFrom):
             imported.add(node.module)
     assert imported & {*SCRIPTS, "archangel"}
+    assert "matplotlib.pyplot" not in imported  # plots.py and archangel/figures.py draw
 
 
 def test_every_equation_is_read_from_its_file():
-    """A line tagged with an equation's number is in notebook 2's outputs, not in its cells."""
+    """Lines tagged with an equation's number are in notebook 2's outputs, not in its cells."""
     notebook = read("2_equations_to_code")
     outputs = "\n".join(text for _, _, text in said(notebook))
     tags = set()
