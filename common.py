@@ -297,7 +297,7 @@ class MicroBatch:
     inputs: dict[str, Any]  # keyword arguments of the model, such as input_ids (R, T)
     predictors: Tensor  # (N,) positions in the flattened (R * T) that predict the targets
     targets: Tensor  # (N,) completion tokens, one completion after the other
-    completion_mask: Tensor  # (C, longest) bool, the places of pad_completions that hold a token
+    completion_mask: Tensor  # (C, longest) bool: which entries of a padded row hold a token
     reference_logps: Tensor | None  # (N,) log pi_ref of the targets; None if not computed
 
     def pad_completions(self, values: Tensor) -> Tensor:

@@ -231,7 +231,8 @@ def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
 
     Section 5 of the report found balanced batches to work best for KTO. An epoch is one pass over
     the larger class. The smaller class repeats, in a new order each time; with few examples also
-    within a batch: of examples 0, 1, 2 (desirable) and 3, the batch is [0, 1, 2, 3, 3, 3].
+    within a batch: with examples 0, 1, 2 (desirable) and 3, an epoch is the one batch
+    [0, 1, 2, 3, 3, 3], if it fits.
     """
     desirable_indices = [i for i in range(len(examples)) if examples.desirable[i]]
     undesirable_indices = [i for i in range(len(examples)) if not examples.desirable[i]]
@@ -429,11 +430,11 @@ def train(config: Config) -> None:
         desirable = labels_of(train_set, batch, run)  # (B,)
         micro_batches = common.make_micro_batches(train_set, batch, run)
 
-        # The loss of the first micro-batch already needs the reference point of the whole global
-        # batch. To keep the graphs of all micro-batches until it is known would cost the memory
-        # that they save. So it is measured before, by an extra forward pass without gradient. With
-        # --kl other_half and a single micro-batch (the same number on every process) the training
-        # pass below has all log-ratios before it computes the loss, so no extra pass is needed.
+        # The loss of the first micro-batch needs the reference point of the whole global batch.
+        # Keeping every micro-batch's graph until that is known would cost the memory that
+        # micro-batches save. So an extra forward pass without gradient measures it first. With
+        # --kl other_half and a single micro-batch it is not needed, because the training pass has
+        # all log-ratios before the loss. (All processes have the same number of micro-batches.)
         kl_from_training_pass = config.kl == "other_half" and len(micro_batches) == 1
         if not kl_from_training_pass:
             kl = estimate_kl(policy, train_set, batch, config, run)  # (B,)

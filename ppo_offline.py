@@ -201,7 +201,8 @@ def make_schedule(examples: common.Examples, config: Config) -> list[list[int]]:
 
     Section 5 of the report found balanced batches to work best for KTO. An epoch is one pass over
     the larger class. The smaller class repeats, in a new order each time; with few examples also
-    within a batch: of examples 0, 1, 2 (desirable) and 3, the batch is [0, 1, 2, 3, 3, 3].
+    within a batch: with examples 0, 1, 2 (desirable) and 3, an epoch is the one batch
+    [0, 1, 2, 3, 3, 3], if it fits.
     """
     desirable_indices = [i for i in range(len(examples)) if examples.desirable[i]]
     undesirable_indices = [i for i in range(len(examples)) if not examples.desirable[i]]

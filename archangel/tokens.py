@@ -8,8 +8,8 @@ as "</s>", is that special token. The end-of-sequence token ends every completio
 Conversations are written by the tokenizer's chat template. The prompt's ids are those of
 apply_chat_template(prompt, add_generation_prompt=True). A completion's ids are the rest of those of
 the prompt with the completion, up to the token that ends the assistant's turn; what the template
-writes after it is never sampled. A message with the text of a special token is left out, since the
-template cannot tell it from the token.
+writes after it is never sampled. A record is left out if one of its messages has the text of a
+special token, since the template cannot tell it from the token.
 
 The ids are not cut yet. archangel/tokenized.py keeps those of a data set, and cuts them by the
 settings of a run.
