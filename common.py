@@ -67,7 +67,7 @@ from archangel.data import prepare_mixture
 from archangel.errors import UserError as UserError
 from archangel.records import progress as progress
 from archangel.run import Run as Run
-from archangel.run import build_without_weights, load_language_model
+from archangel.run import build_without_weights, device_name, load_language_model
 from archangel.run import check_settings as check_settings
 from archangel.run import data_name as data_name
 from archangel.run import run_script as run_script
@@ -1102,12 +1102,9 @@ def arithmetic(run: Run) -> str:
 
     A reference that was computed in another way would add rounding to every log-ratio.
     """
-    device = run.device.type
-    if device == "cuda":
-        device = torch.cuda.get_device_name(run.device)
     dtype = "bfloat16" if run.bfloat16 else str(run.dtype)
     sharding = "sharded" if run.world_size > 1 else "one process"
-    return f"{device}, {dtype}, {sharding}, {type(run.layout).__name__}"
+    return f"{device_name(run.device)}, {dtype}, {sharding}, {type(run.layout).__name__}"
 
 
 def check_first_step(log_ratios: Tensor, num_tokens: int, run: Run) -> None:
